@@ -1,0 +1,20 @@
+"""HotPath: compile the hot path of Flux inside ComfyUI."""
+
+from comfy_api.latest import ComfyExtension, io
+
+from .host import report
+from .nodes.compile_repeated_blocks import CompileRepeatedBlocks
+
+WEB_DIRECTORY = "./js"
+
+
+class HotPathExtension(ComfyExtension):
+    async def on_load(self) -> None:
+        report.add_route()
+
+    async def get_node_list(self) -> list[type[io.ComfyNode]]:
+        return [CompileRepeatedBlocks]
+
+
+async def comfy_entrypoint() -> HotPathExtension:
+    return HotPathExtension()

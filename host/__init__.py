@@ -1,0 +1,1 @@
+"""The only place that knows ComfyUI: where blocks, weights, options and progress live."""

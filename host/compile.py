@@ -1,0 +1,217 @@
+"""Compile the repeated blocks of a MODEL while it samples."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import weakref
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext, suppress
+from types import MappingProxyType
+from typing import Any
+
+import comfy.model_management
+import torch
+from comfy.model_patcher import ModelPatcher
+from comfy.patcher_extension import WrapperExecutor, WrappersMP
+from comfy_api.torch_helpers.torch_compile import COMPILE_KEY as WHOLE_MODEL_KEY
+from torch import Tensor, nn
+
+from ..hotpath.attention import Attend, attention_scope
+from ..hotpath.compiled import CompileSettings, Region, RegionStore, input_kinds
+from ..hotpath.selection import select_blocks
+from ..hotpath.template import BlockPlan, NotHoistable, plan_block
+from .flux import KINDS, SUPPORTED, BlockKind, attention_for, bind_for, token_dims
+from .progress import NodeText
+from .weights import block_weights, plain_layer
+
+log = logging.getLogger(__name__)
+
+WRAPPER_KEY = "hotpath_compile"
+REGIONS = RegionStore(capacity=64)
+ACTIVE: weakref.WeakSet[CompiledBlocks] = weakref.WeakSet()
+
+
+def compile_repeated_blocks(
+    model: ModelPatcher, settings: CompileSettings, double_blocks: str, single_blocks: str, text: NodeText
+) -> ModelPatcher:
+    """A clone of ``model`` whose selected blocks run compiled; ``model`` itself stays as it is.
+
+    A later call on the result replaces the settings of an earlier one.
+
+    Raises:
+        ValueError: the model has no repeated blocks, a block is outside it, nothing is selected, or the mode can't
+            work on the model's device.
+    """
+    diffusion_model = model.get_model_object("diffusion_model")
+    counts = {kind.name: len(kind.blocks(diffusion_model)) for kind in KINDS}
+    if not any(counts.values()):
+        raise ValueError(
+            f"model: {type(model.model).__name__} ({type(diffusion_model).__name__}) has no repeated double-stream or "
+            f"single-stream blocks to compile. Supported are {SUPPORTED}."
+        )
+    selection = {"double": double_blocks, "single": single_blocks}
+    if not any(select_blocks(f"{name}_blocks", selection[name], count) for name, count in counts.items()):
+        raise ValueError(
+            f"double_blocks, single_blocks: {double_blocks!r} and {single_blocks!r} leave no block of this model to "
+            "compile. Set one of them to 'all' or a range, or bypass this node."
+        )
+    settings.check_device(model.load_device)
+    compiled = model.clone()
+    compiled.remove_wrappers_with_key(WrappersMP.APPLY_MODEL, WRAPPER_KEY)
+    compiled.add_wrapper_with_key(WrappersMP.APPLY_MODEL, WRAPPER_KEY, CompiledBlocks(settings, selection, text))
+    return compiled
+
+
+class CompiledBlocks:
+    """The wrapper around ``apply_model``: for the length of one call the selected blocks run as regions.
+
+    Blocks are those of the model that executes, which may not be the one the node saw (multi-GPU and non-dynamic
+    clones), so one object may serve several models and keeps none of them alive.
+    """
+
+    def __init__(self, settings: CompileSettings, selection: Mapping[str, str], text: NodeText) -> None:
+        self.settings = settings
+        self.selection = selection
+        self.text = text
+        self.regions: dict[Region, None] = {}
+        self.compiled: Counter[str] = Counter()
+        self.eager: dict[str, set[str]] = {}
+        self._told: set[str] = set()
+        self._plans: weakref.WeakKeyDictionary[nn.Module, BlockPlan] = weakref.WeakKeyDictionary()
+        self._shown = ""
+        ACTIVE.add(self)
+
+    def __call__(
+        self,
+        executor: WrapperExecutor,
+        x: Tensor,
+        t: Tensor,
+        c_concat: Tensor | None = None,
+        c_crossattn: Tensor | None = None,
+        control: Any = None,
+        transformer_options: Mapping[str, Any] = MappingProxyType({}),
+        **kwargs: Any,
+    ) -> Any:
+        """A wrapper of the host's ``apply_model``; arguments are passed on untouched."""
+        self.compiled.clear()
+        self.eager.clear()
+        wrappers = transformer_options.get("wrappers", {}).get(WrappersMP.APPLY_MODEL, {})
+        if WHOLE_MODEL_KEY in wrappers:
+            self._note_eager("another node compiles the whole model; remove one of the two", "the model")
+            swapped = nullcontext()
+        else:
+            swapped = self._swapped(executor.class_obj.diffusion_model)
+        with swapped:
+            out = executor(x, t, c_concat, c_crossattn, control, transformer_options, **kwargs)
+        self._show(self.summary())
+        return out
+
+    def summary(self) -> str:
+        """One line for the node: what is compiled, what it took, what runs eager and why."""
+        parts = []
+        if self.compiled:
+            blocks = " and ".join(f"{count} {name}" for name, count in self.compiled.items())
+            seconds = sum(region.stats.seconds for region in self.regions)
+            parts.append(f"{blocks} blocks run {len(self.regions)} regions, compiled in {seconds:.1f} s")
+        parts += [f"eager: {reason} ({', '.join(sorted(blocks))})" for reason, blocks in self.eager.items()]
+        return "; ".join(parts)
+
+    @contextmanager
+    def _swapped(self, diffusion_model: nn.Module) -> Iterator[None]:
+        """Route the selected blocks through regions; ``forward`` is an attribute of the instance, removed after."""
+        mine: list[nn.Module] = []
+        try:
+            for kind in KINDS:
+                blocks = kind.blocks(diffusion_model)
+                selected = select_blocks(f"{kind.name}_blocks", self.selection[kind.name], len(blocks))
+                for index in sorted(selected):
+                    block = blocks[index]
+                    if type(block) is not kind.block or "forward" in block.__dict__:
+                        self._note_eager(f"{type(block).__name__} is not the host's own block", f"{kind.name} block {index}")
+                        continue
+                    if not self.regions:
+                        self._plan(block)
+                    block.forward = functools.partial(self._run_block, kind, index, block)
+                    mine.append(block)
+            yield
+        finally:
+            for block in mine:
+                block.__dict__.pop("forward", None)
+
+    def _run_block(self, kind: BlockKind, index: int, block: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        # The block must look untouched to the plan, to a tracer and to whatever runs inside it.
+        swapped = block.__dict__.pop("forward")
+        try:
+            # Weights enter a region detached, so a call that records gradients has to stay eager.
+            if torch.compiler.is_compiling() or torch.is_grad_enabled():
+                return block.forward(*args, **kwargs)
+            comfy.model_management.throw_exception_if_processing_interrupted()
+            inputs = {**dict(zip(kind.parameters, args)), **kwargs}
+            options = inputs.pop("transformer_options", {})
+            try:
+                attend = attention_for(options)
+                layers = self._layers(block)
+                with block_weights(layers, inputs[kind.activation]) as weights:
+                    return self._run_region(kind, block, weights, inputs, attend)
+            except NotHoistable as reason:
+                self._note_eager(str(reason), f"{kind.name} block {index}")
+            return block.forward(*args, **kwargs)
+        finally:
+            block.forward = swapped
+
+    def _layers(self, block: nn.Module) -> list[tuple[str, nn.Module]]:
+        plan = self._plans.get(block)
+        if plan is not None:
+            try:
+                return plan.layers(block)
+            except NotHoistable:
+                del self._plans[block]
+        plan = self._plans[block] = plan_block(block, plain_layer)
+        return plan.layers(block)
+
+    def _plan(self, block: nn.Module) -> None:
+        """Plan ahead, to know how many regions there will be; what can't be planned says why when it runs."""
+        with suppress(NotHoistable):
+            self._layers(block)
+
+    def _run_region(
+        self,
+        kind: BlockKind,
+        block: nn.Module,
+        weights: dict[str, Tensor],
+        inputs: dict[str, Any],
+        attend: Attend | None,
+    ) -> Any:
+        plan, bind = self._plans[block], bind_for(attend)
+        name = f"{kind.name} block" if attend is None else f"patched {kind.name} block"
+        kinds = input_kinds(inputs, shapes=self.settings.dynamic == "never")
+        dtypes = tuple(weight.dtype for weight in weights.values())
+        key = (plan.key, bind, self.settings, kinds, dtypes)
+        region = REGIONS.get(key, lambda: Region(name, plan.template, bind, self.settings))
+        self.regions.setdefault(region)
+        self.compiled[kind.name] += 1
+        with nullcontext() if attend is None else attention_scope(attend):
+            if region.compiled:
+                return region(weights, inputs, token_dims(inputs))
+            return self._compile(region, weights, inputs)
+
+    def _compile(self, region: Region, weights: dict[str, Tensor], inputs: dict[str, Any]) -> Any:
+        expected = len({plan.key for plan in self._plans.values()})
+        number = len(self.regions)
+        self._show(f"compiling {region.name} region ({number}/{max(number, expected)}) ...")
+        out = region(weights, inputs, token_dims(inputs))
+        log.info("%s region compiled in %.1f s (%s)", region.name, region.stats.seconds, self.settings.backend)
+        return out
+
+    def _note_eager(self, reason: str, block: str) -> None:
+        if reason not in self._told:
+            self._told.add(reason)
+            log.warning("%s runs without HotPath: %s", block, reason)
+        self.eager.setdefault(reason, set()).add(block)
+
+    def _show(self, text: str) -> None:
+        if text and text != self._shown:
+            self._shown = text
+            self.text.show(text)

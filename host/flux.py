@@ -1,0 +1,131 @@
+"""Flux blocks in the host: where they are, what they take, what they read from the options."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import comfy.ldm.flux.layers
+import comfy.ldm.flux.math
+import comfy.ldm.modules.attention
+from torch import Tensor, nn
+
+from ..hotpath.attention import Attend, opaque_attention
+from ..hotpath.template import NotHoistable
+
+SUPPORTED = "Flux.1 (dev, schnell, Fill, Kontext and the like), Flux.2 and Chroma"
+
+
+@dataclass(frozen=True)
+class BlockKind:
+    """A list of repeated blocks of the diffusion model."""
+
+    name: str
+    attribute: str
+    block: type[nn.Module]
+    activation: str
+
+    @functools.cached_property
+    def parameters(self) -> tuple[str, ...]:
+        """Names of the forward's parameters after ``self``, in order."""
+        return tuple(inspect.signature(self.block.forward).parameters)[1:]
+
+    def blocks(self, diffusion_model: nn.Module) -> Sequence[nn.Module]:
+        """The model's blocks of this kind; empty when it has none that the host's Flux code defines."""
+        blocks = getattr(diffusion_model, self.attribute, None)
+        if isinstance(blocks, nn.ModuleList) and any(isinstance(block, self.block) for block in blocks):
+            return blocks
+        return ()
+
+
+KINDS = (
+    BlockKind("double", "double_blocks", comfy.ldm.flux.layers.DoubleStreamBlock, "img"),
+    BlockKind("single", "single_blocks", comfy.ldm.flux.layers.SingleStreamBlock, "x"),
+)
+
+
+def token_dims(inputs: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Token dimensions of the inputs: (batch, tokens, hidden) streams, (batch, 1, tokens, ...) rotary embedding,
+    (..., query tokens, key tokens) mask."""
+    dims: dict[str, tuple[int, ...]] = {"img": (1,), "txt": (1,), "x": (1,), "pe": (2,)}
+    mask = inputs.get("attn_mask")
+    if mask is not None:
+        dims["attn_mask"] = (mask.ndim - 2, mask.ndim - 1)
+    return {name: dims[name] for name in dims if inputs.get(name) is not None}
+
+
+def attention_for(options: Mapping[str, Any]) -> Attend | None:
+    """How the blocks' attention must run under these options; None when it can be traced with the block.
+
+    Raises:
+        NotHoistable: the host's attention was replaced by code that does not honour the host's override.
+    """
+    layers, math = comfy.ldm.flux.layers, comfy.ldm.flux.math
+    own_file = math.rope.__code__.co_filename
+    if layers.attention is not math.attention or math.attention.__code__.co_filename != own_file:
+        raise NotHoistable(f"the attention of Flux blocks was replaced by {layers.attention.__module__}")
+    if not hasattr(math.optimized_attention, "__wrapped__"):
+        raise NotHoistable(f"the host's attention was replaced by {math.optimized_attention.__module__}")
+    patches = options.get("patches", {})
+    if (
+        math.optimized_attention is comfy.ldm.modules.attention.attention_pytorch
+        and "optimized_attention_override" not in options
+        and not patches.get("attn1_patch")
+        and not patches.get("attn1_output_patch")
+    ):
+        return None
+    return functools.partial(_attend, options)
+
+
+def _attend(
+    options: Mapping[str, Any],
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    pe: Tensor | None,
+    mask: Tensor | None,
+    slices: Sequence[int],
+) -> Tensor:
+    """The attention part of a host block, patches included, on the full options of this very call."""
+    patches = options.get("patches", {})
+    extra_options = dict(options)
+    if slices:
+        extra_options["img_slice"] = list(slices)
+    for patch in patches.get("attn1_patch", ()):
+        out = patch(q, k, v, pe=pe, attn_mask=mask, extra_options=extra_options)
+        q, k, v = out.get("q", q), out.get("k", k), out.get("v", v)
+        pe, mask = out.get("pe", pe), out.get("attn_mask", mask)
+    attn = comfy.ldm.flux.layers.attention(q, k, v, pe=pe, mask=mask, transformer_options=options)
+    for patch in patches.get("attn1_output_patch", ()):
+        attn = patch(attn, extra_options)
+    return attn
+
+
+def bind_traced(inputs: Mapping[str, Any]) -> Mapping[str, Any]:
+    """No patch and no override: the block reads nothing from its options."""
+    return {**inputs, "transformer_options": {}}
+
+
+def bind_opaque(inputs: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Stand in for all patches around attention through the host's own hooks, and call out in their place."""
+    result: list[Tensor] = []
+
+    def call_out(q, k, v, pe, attn_mask, extra_options):
+        result.append(opaque_attention(q, k, v, pe, attn_mask, extra_options.get("img_slice", [])))
+        return {"pe": None}
+
+    def skip_attention(func, q, *args, **kwargs):
+        return q.transpose(1, 2).flatten(2)
+
+    def deliver(attn, extra_options):
+        return result[0]
+
+    patches = {"attn1_patch": [call_out], "attn1_output_patch": [deliver]}
+    return {**inputs, "transformer_options": {"patches": patches, "optimized_attention_override": skip_attention}}
+
+
+def bind_for(attend: Attend | None) -> Callable[[Mapping[str, Any]], Mapping[str, Any]]:
+    return bind_traced if attend is None else bind_opaque

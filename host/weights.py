@@ -1,0 +1,145 @@
+"""A block's weights wherever the host keeps them: resident, cast on the fly, patched by a LoRA, dynamic VRAM."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import comfy.ldm.flux.layers
+import comfy.model_management
+import comfy.model_prefetch
+import comfy.ops
+import comfy.quant_ops
+import torch
+from torch import Tensor, nn
+
+from ..hotpath.template import NotHoistable
+
+_CONTAINERS = (comfy.ldm.flux.layers.__name__, "torch.nn.modules")
+_MIXED_PRECISION_LINEAR = "mixed_precision_ops.<locals>.MixedPrecisionOps.Linear"
+
+
+def plain_layer(module: nn.Module) -> nn.Module | None:
+    """The torch.nn layer with the same maths as a host layer, on the meta device; None for a container.
+
+    Raises:
+        NotHoistable: the class is foreign, or its forward is not the one it was defined with.
+    """
+    kind = type(module)
+    if not has_own_forward(kind):
+        raise NotHoistable(f"the forward of {kind.__module__}.{kind.__qualname__} was replaced")
+    if _is_mixed_precision_linear(kind):
+        return _linear(module)
+    base = next((known for known in (nn.Linear, nn.LayerNorm, nn.RMSNorm) if issubclass(kind, known)), None)
+    if base is None:
+        if kind.__module__.startswith(_CONTAINERS):
+            return None
+        raise NotHoistable(f"{kind.__module__}.{kind.__qualname__} is not a layer that HotPath knows")
+    if kind is not base and not _casts_like_the_host(kind, base):
+        raise NotHoistable(f"{kind.__module__}.{kind.__qualname__} does not compute like torch.nn.{base.__name__}")
+    if base is nn.Linear:
+        return _linear(module)
+    if base is nn.LayerNorm:
+        affine, bias = module.elementwise_affine, module.bias is not None
+        return nn.LayerNorm(module.normalized_shape, module.eps, affine, bias, device="meta")
+    return nn.RMSNorm(module.normalized_shape, module.eps, module.elementwise_affine, device="meta")
+
+
+def has_own_forward(kind: type) -> bool:
+    """Whether the class's forward is code of the file that defines it, not something patched in."""
+    owner = next(base for base in kind.__mro__ if "forward" in vars(base))
+    code = getattr(vars(owner)["forward"], "__code__", None)
+    return code is not None and code.co_filename == sys.modules[owner.__module__].__file__
+
+
+@contextmanager
+def block_weights(layers: Sequence[tuple[str, nn.Module]], like: Tensor) -> Iterator[dict[str, Tensor]]:
+    """The weights of ``layers``, as the host would use them now, by parameter path.
+
+    They are on ``like``'s device and, where the host casts, in its dtype, with all weight functions (LoRA in
+    low VRAM mode, wrappers) applied. They stay valid until the block ends.
+
+    Raises:
+        NotHoistable: a layer would quantize its activations, which a plain layer does not.
+    """
+    with _faulted_in([layer for _, layer in layers], like.device):
+        weights = {}
+        for path, layer in layers:
+            weight, bias = _weight_and_bias(path, layer, like)
+            if weight is not None:
+                weights[f"{path}.weight"] = weight.detach()
+            if bias is not None:
+                weights[f"{path}.bias"] = bias.detach()
+        yield weights
+
+
+@contextmanager
+def _faulted_in(layers: Sequence[nn.Module], device: torch.device) -> Iterator[None]:
+    """Keep the dynamic VRAM weights of a whole block in place until the block has run.
+
+    Casting layer by layer would let the host reuse one layer's cast buffer for the next, since in eager mode a
+    layer is done with its weights before the next one starts. The host's prefetch takes a block at a time.
+    """
+    dynamic = nn.ModuleList(layer for layer in layers if hasattr(layer, "_v") and not hasattr(layer, "_prefetch"))
+    queue = None
+    if len(dynamic) and device.type != "cpu":
+        queue = [None, dynamic, None]
+        comfy.model_prefetch.PREFETCH_QUEUES.append(queue)
+        comfy.model_prefetch.prefetch_queue_pop(queue, device, None)
+    try:
+        yield
+    finally:
+        if queue is not None:
+            comfy.model_prefetch.prefetch_queue_pop(queue, device, None)
+            comfy.model_prefetch.PREFETCH_QUEUES.remove(queue)
+
+
+def _weight_and_bias(path: str, layer: nn.Module, like: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    weight, bias = getattr(layer, "weight", None), getattr(layer, "bias", None)
+    if weight is None:
+        return None, bias
+    mixed = _is_mixed_precision_linear(type(layer))
+    if mixed and (_quantizes(layer) or getattr(layer, "pre_quant_scale", None) is not None):
+        raise NotHoistable(f"{path} computes in {layer.quant_format} with quantized activations")
+    if not mixed and not _host_casts(layer):
+        return weight, bias
+    weight, bias = comfy.ops.cast_bias_weight(layer, like)
+    if isinstance(weight, comfy.quant_ops.QuantizedTensor):
+        weight = weight.dequantize()
+    return weight, bias
+
+
+def _host_casts(layer: nn.Module) -> bool:
+    return isinstance(layer, comfy.ops.CastWeightBiasOp) and bool(
+        layer.comfy_cast_weights or layer.weight_function or layer.bias_function
+    )
+
+
+def _quantizes(layer: nn.Module) -> bool:
+    """Whether a mixed precision Linear takes its quantized path now; the host decides so at each call."""
+    return (
+        getattr(layer, "layout_type", None) is not None
+        and not layer._full_precision_mm
+        and not getattr(layer, "comfy_force_cast_weights", False)
+        and not layer.weight_function
+        and not layer.bias_function
+    )
+
+
+def _is_mixed_precision_linear(kind: type) -> bool:
+    return kind.__module__ == comfy.ops.__name__ and kind.__qualname__ == _MIXED_PRECISION_LINEAR
+
+
+def _casts_like_the_host(kind: type, base: type) -> bool:
+    """Whether ``kind`` is the host's layer with its plain maths: not its fp8 matmul, not a class of another pack."""
+    host = getattr(comfy.ops.disable_weight_init, base.__name__)
+    return (
+        issubclass(kind, host)
+        and kind.forward is host.forward
+        and kind.forward_comfy_cast_weights is host.forward_comfy_cast_weights
+    )
+
+
+def _linear(module: nn.Module) -> nn.Linear:
+    return nn.Linear(module.in_features, module.out_features, bias=module.bias is not None, device="meta")

@@ -1,0 +1,80 @@
+"""Attention as an opaque call: one node in the graph, ordinary Python when it runs.
+
+Patches of other packs around attention are arbitrary code that reads whatever it likes. Tracing it would bake in
+what it read, or break the graph; dropping the guards on it would give a stale image. So a region with patches
+keeps one graph that calls back into Python for the attention alone.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+Attend = Callable[[Tensor, Tensor, Tensor, "Tensor | None", "Tensor | None", Sequence[int]], Tensor]
+"""(q, k, v, pe, mask, slices) -> attention output. q is (batch, heads, tokens, head dim); the output is
+(batch, tokens, heads * head dim) in q's dtype."""
+
+
+class AttentionMismatch(RuntimeError):
+    """An attention patch returned a tensor of another shape or dtype than the block needs."""
+
+
+class _Current(threading.local):
+    def __init__(self) -> None:
+        self.stack: list[Attend] = []
+
+
+_current = _Current()
+
+
+@contextmanager
+def attention_scope(attend: Attend) -> Iterator[None]:
+    """Let regions that run within this scope, on this thread, call ``attend`` for their attention."""
+    _current.stack.append(attend)
+    try:
+        yield
+    finally:
+        _current.stack.pop()
+
+
+@torch.library.custom_op(
+    "hotpath::attention",
+    mutates_args=(),
+    schema="(Tensor q, Tensor k, Tensor v, Tensor? pe, Tensor? mask, SymInt[] slices) -> Tensor",
+)
+def opaque_attention(
+    q: Tensor, k: Tensor, v: Tensor, pe: Tensor | None, mask: Tensor | None, slices: Sequence[int]
+) -> Tensor:
+    """Call the attention of the innermost ``attention_scope``.
+
+    Args:
+        q, k, v: (batch, heads, tokens, head dim).
+        pe: rotary embedding, or None.
+        mask: attention mask, or None.
+        slices: token offsets that patches expect in their options; may be empty.
+
+    Returns:
+        (batch, tokens, heads * head dim), contiguous, in q's dtype.
+
+    Raises:
+        AttentionMismatch: the attention or a patch on it returned something else.
+    """
+    out = _current.stack[-1](q, k, v, pe, mask, slices)
+    expected = (q.shape[0], q.shape[2], q.shape[1] * q.shape[3])
+    if tuple(out.shape) != expected or out.dtype != q.dtype:
+        raise AttentionMismatch(
+            f"the attention of a patched block returned {tuple(out.shape)} {out.dtype}, but the block needs "
+            f"{expected} {q.dtype}. Remove the attention patch, or leave the blocks it patches out of compilation."
+        )
+    # The graph relies on getting a tensor of its own: an override may hand q, k or v back.
+    shares = any(out.untyped_storage().data_ptr() == t.untyped_storage().data_ptr() for t in (q, k, v))
+    return out.clone(memory_format=torch.contiguous_format) if shares else out.contiguous()
+
+
+@opaque_attention.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor, pe: Tensor | None, mask: Tensor | None, slices: Sequence[int]) -> Tensor:
+    return q.new_empty(q.shape[0], q.shape[2], q.shape[1] * q.shape[3])

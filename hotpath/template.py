@@ -1,0 +1,122 @@
+"""A template: the structure of a block on the meta device, without its weights.
+
+One template stands for all blocks of the same structure. It is run with the weights of whichever block is
+executing by ``torch.func.functional_call``, so the compiled code never sees where those weights live.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+# What every nn.Module carries; anything else on a module is structure that the forward may read.
+_MODULE_STATE = frozenset(nn.Module().__dict__)
+_PLAIN_VALUES = (bool, int, float, str, type(None), torch.dtype, torch.device)
+
+
+class NotHoistable(Exception):
+    """A block can't run from a template; the message says which module of it and why."""
+
+
+PlainLayer = Callable[[nn.Module], "nn.Module | None"]
+"""Maps a module to its plain equivalent on the meta device, or to None for a container that holds only other
+modules and is copied as it is. Raises NotHoistable for a module whose maths it does not know."""
+
+
+@dataclass(frozen=True)
+class _Place:
+    """A module of the block: where it hung when the template was made."""
+
+    path: str
+    parent: int
+    name: str
+    module: weakref.ref[nn.Module]
+    kind: type
+    children: int
+
+
+@dataclass(frozen=True, eq=False)
+class BlockPlan:
+    """How one block maps onto its template.
+
+    ``key`` is equal for blocks of the same structure. Modules of the block are held weakly, so that a plan kept
+    anywhere never keeps a model's weights alive.
+    """
+
+    template: nn.Module
+    key: Hashable
+    _layers: tuple[int, ...] = field(repr=False)
+    _places: tuple[_Place, ...] = field(repr=False)
+
+    def layers(self, block: nn.Module) -> list[tuple[str, nn.Module]]:
+        """The layers of ``block`` that hold weights, by path.
+
+        Raises:
+            NotHoistable: something was bolted onto the block, or swapped in it, since it was planned.
+        """
+        modules: list[nn.Module] = []
+        for place in self._places:
+            module = modules[place.parent]._modules.get(place.name) if modules else block
+            if module is not place.module() or type(module) is not place.kind or len(module._modules) != place.children:
+                raise NotHoistable(f"{place.path or 'the block'} was replaced")
+            refuse_bolted_on(place.path, module)
+            modules.append(module)
+        return [(self._places[index].path, modules[index]) for index in self._layers]
+
+
+def refuse_bolted_on(path: str, module: nn.Module) -> None:
+    """Raise NotHoistable for a forward hook or an overridden ``forward``: a template would ignore either."""
+    if module._forward_hooks or module._forward_pre_hooks:
+        raise NotHoistable(f"{path or 'the block'} ({type(module).__name__}) has a forward hook")
+    if "forward" in module.__dict__:
+        raise NotHoistable(f"{path or 'the block'} ({type(module).__name__}) has an overridden forward")
+
+
+def plan_block(block: nn.Module, plain_layer: PlainLayer) -> BlockPlan:
+    """Build the template of ``block`` from its structure, without reading or copying a weight.
+
+    Raises:
+        NotHoistable: some module of the block has hooks, an overridden forward, parameters of its own outside a
+            known layer, state that a template can't copy, or is of a class that ``plain_layer`` refuses.
+    """
+    places: list[_Place] = []
+    layers: list[int] = []
+    key: list[Hashable] = []
+
+    def copy(path: str, parent: int, module: nn.Module) -> nn.Module:
+        refuse_bolted_on(path, module)
+        here = len(places)
+        name = path.rpartition(".")[2]
+        places.append(_Place(path, parent, name, weakref.ref(module), type(module), len(module._modules)))
+        plain = plain_layer(module)
+        if plain is not None:
+            layers.append(here)
+            key.append((path, type(plain), plain.extra_repr()))
+            return plain
+        if module._parameters or module._buffers:
+            raise NotHoistable(f"{path or 'the block'} ({type(module).__name__}) holds weights outside a known layer")
+        state = {name: value for name, value in module.__dict__.items() if name not in _MODULE_STATE}
+        for name, value in state.items():
+            if not _is_plain(value):
+                raise NotHoistable(f"{path or 'the block'}.{name} is a {type(value).__name__}, which can't be copied")
+        key.append((path, type(module), tuple(sorted(state.items(), key=lambda item: item[0]))))
+        twin = type(module).__new__(type(module))
+        nn.Module.__init__(twin)
+        twin.__dict__.update(state)
+        for name, child in module._modules.items():
+            inner = f"{path}.{name}" if path else name
+            twin._modules[name] = None if child is None else copy(inner, here, child)
+        return twin
+
+    template = copy("", 0, block).eval().requires_grad_(False)
+    return BlockPlan(template, tuple(key), tuple(layers), tuple(places))
+
+
+def _is_plain(value: object) -> bool:
+    if isinstance(value, tuple):
+        return all(_is_plain(item) for item in value)
+    return isinstance(value, _PLAIN_VALUES)

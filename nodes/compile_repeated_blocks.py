@@ -1,0 +1,93 @@
+"""Compile Repeated Blocks."""
+
+from inspect import cleandoc
+
+from comfy_api.latest import io
+
+from ..host.compile import compile_repeated_blocks
+from ..host.progress import NodeText
+from ..hotpath.backends import available_backends
+from ..hotpath.compiled import DYNAMIC, MODES, CompileSettings
+from ..hotpath.selection import check_selection
+
+
+class CompileRepeatedBlocks(io.ComfyNode):
+    """Makes Flux faster: compiles one double-stream and one single-stream block with torch.compile and reuses them
+    for all the others.
+
+    The first step takes some seconds longer while it compiles; other resolutions, prompts and LoRAs after that
+    compile nothing again. Put it last, after LoRA loaders and other patches, right before the sampler.
+    """
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="HotPathCompileRepeatedBlocks",
+            display_name="Compile Repeated Blocks",
+            category="model/patch/hotpath",
+            description=cleandoc(cls.__doc__),
+            search_aliases=["torch compile", "torch.compile", "flux speed", "hotpath", "inductor", "faster"],
+            inputs=[
+                io.Model.Input("model", tooltip="A Flux.1, Flux.2 or Chroma model. It is not changed."),
+                io.Combo.Input(
+                    "mode",
+                    options=list(MODES),
+                    default="default",
+                    tooltip="How much time torch.compile spends on choosing kernels. The max-autotune modes take "
+                    "minutes; 'reduce-overhead' and 'max-autotune' use CUDA graphs and are refused on CUDA devices.",
+                ),
+                io.Combo.Input(
+                    "backend",
+                    options=available_backends(),
+                    default="inductor",
+                    advanced=True,
+                    tooltip="What generates the code. 'aot_eager' and 'eager' generate none: they help to find out "
+                    "where a problem lies.",
+                ),
+                io.Boolean.Input(
+                    "fullgraph",
+                    default=True,
+                    advanced=True,
+                    tooltip="Compile each block as one graph or fail with the reason. Off: a block may be split where "
+                    "it can't be traced, which is slower.",
+                ),
+                io.Combo.Input(
+                    "dynamic",
+                    options=list(DYNAMIC),
+                    default="auto",
+                    advanced=True,
+                    tooltip="auto: any resolution and prompt length with one compilation, once more when the batch "
+                    "size first changes. always: any batch size too. never: compile for each size; a little faster "
+                    "where only one size is used.",
+                ),
+                io.String.Input(
+                    "double_blocks",
+                    default="all",
+                    advanced=True,
+                    tooltip="Which double-stream blocks to compile: all, none, or ranges such as 0-9,12.",
+                ),
+                io.String.Input(
+                    "single_blocks",
+                    default="all",
+                    advanced=True,
+                    tooltip="Which single-stream blocks to compile: all, none, or ranges such as 0-9,12.",
+                ),
+            ],
+            outputs=[io.Model.Output(tooltip="The same model, with its repeated blocks compiled while it samples.")],
+            hidden=[io.Hidden.unique_id],
+        )
+
+    @classmethod
+    def validate_inputs(cls, double_blocks: str, single_blocks: str) -> bool | str:
+        try:
+            check_selection("double_blocks", double_blocks)
+            check_selection("single_blocks", single_blocks)
+        except ValueError as error:
+            return str(error)
+        return True
+
+    @classmethod
+    def execute(cls, model, mode, backend, fullgraph, dynamic, double_blocks, single_blocks) -> io.NodeOutput:
+        settings = CompileSettings(mode, backend, fullgraph, dynamic)
+        text = NodeText(cls.hidden.unique_id)
+        return io.NodeOutput(compile_repeated_blocks(model, settings, double_blocks, single_blocks, text))
