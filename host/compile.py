@@ -22,7 +22,7 @@ from ..hotpath.attention import Attend, attention_scope
 from ..hotpath.compiled import CompileSettings, Region, RegionStore, input_kinds
 from ..hotpath.selection import select_blocks
 from ..hotpath.template import BlockPlan, NotHoistable, plan_block
-from .flux import KINDS, SUPPORTED, BlockKind, attention_for, bind_for, token_dims
+from .flux import KINDS, SUPPORTED, BlockKind, attention_for, bind_for, region_inputs, token_dims
 from .progress import NodeText
 from .weights import block_weights, plain_layer
 
@@ -52,7 +52,8 @@ def compile_repeated_blocks(
             f"single-stream blocks to compile. Supported are {SUPPORTED}."
         )
     selection = {"double": double_blocks, "single": single_blocks}
-    if not any(select_blocks(f"{name}_blocks", selection[name], count) for name, count in counts.items()):
+    selected = [select_blocks(f"{name}_blocks", selection[name], count) for name, count in counts.items()]
+    if not any(selected):
         raise ValueError(
             f"double_blocks, single_blocks: {double_blocks!r} and {single_blocks!r} leave no block of this model to "
             "compile. Set one of them to 'all' or a range, or bypass this node."
@@ -149,12 +150,13 @@ class CompiledBlocks:
                 return block.forward(*args, **kwargs)
             comfy.model_management.throw_exception_if_processing_interrupted()
             inputs = {**dict(zip(kind.parameters, args)), **kwargs}
-            options = inputs.pop("transformer_options", {})
+            activation = inputs[kind.activation]
             try:
-                attend = attention_for(options)
+                attend = attention_for(inputs.get("transformer_options", {}))
                 layers = self._layers(block)
-                with block_weights(layers, inputs[kind.activation]) as weights:
-                    return self._run_region(kind, block, weights, inputs, attend)
+                with block_weights(layers, activation) as weights:
+                    taken = region_inputs(inputs, activation, dynamic=self.settings.dynamic != "never")
+                    return self._run_region(kind, block, weights, taken, attend)
             except NotHoistable as reason:
                 self._note_eager(str(reason), f"{kind.name} block {index}")
             return block.forward(*args, **kwargs)
@@ -188,7 +190,7 @@ class CompiledBlocks:
         name = f"{kind.name} block" if attend is None else f"patched {kind.name} block"
         kinds = input_kinds(inputs, shapes=self.settings.dynamic == "never")
         dtypes = tuple(weight.dtype for weight in weights.values())
-        key = (plan.key, bind, self.settings, kinds, dtypes)
+        key = (plan.key, bind, self.settings, kinds, dtypes, torch.is_inference_mode_enabled())
         region = REGIONS.get(key, lambda: Region(name, plan.template, bind, self.settings))
         self.regions.setdefault(region)
         self.compiled[kind.name] += 1

@@ -14,7 +14,10 @@ import comfy.ldm.modules.attention
 from torch import Tensor, nn
 
 from ..hotpath.attention import Attend, opaque_attention
+from ..hotpath.sizes import as_size, from_size
 from ..hotpath.template import NotHoistable
+
+_SPANS = ("modulation_dims", "modulation_dims_img", "modulation_dims_txt")
 
 SUPPORTED = "Flux.1 (dev, schnell, Fill, Kontext and the like), Flux.2 and Chroma"
 
@@ -104,9 +107,26 @@ def _attend(
     return attn
 
 
+def region_inputs(inputs: Mapping[str, Any], like: Tensor, dynamic: bool) -> dict[str, Any]:
+    """The block's arguments without its options, with token spans (Kontext's zero timestep) as sizes."""
+    taken = {name: value for name, value in inputs.items() if name != "transformer_options"}
+    for name in _SPANS:
+        if taken.get(name):
+            taken[name] = [tuple(as_size(count, like, dynamic) for count in span) for span in taken[name]]
+    return taken
+
+
+def _arguments(inputs: Mapping[str, Any], options: Mapping[str, Any]) -> dict[str, Any]:
+    taken = {**inputs, "transformer_options": options}
+    for name in _SPANS:
+        if taken.get(name):
+            taken[name] = [tuple(from_size(size) for size in span) for span in taken[name]]
+    return taken
+
+
 def bind_traced(inputs: Mapping[str, Any]) -> Mapping[str, Any]:
     """No patch and no override: the block reads nothing from its options."""
-    return {**inputs, "transformer_options": {}}
+    return _arguments(inputs, {})
 
 
 def bind_opaque(inputs: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -124,7 +144,7 @@ def bind_opaque(inputs: Mapping[str, Any]) -> Mapping[str, Any]:
         return result[0]
 
     patches = {"attn1_patch": [call_out], "attn1_output_patch": [deliver]}
-    return {**inputs, "transformer_options": {"patches": patches, "optimized_attention_override": skip_attention}}
+    return _arguments(inputs, {"patches": patches, "optimized_attention_override": skip_attention})
 
 
 def bind_for(attend: Attend | None) -> Callable[[Mapping[str, Any]], Mapping[str, Any]]:

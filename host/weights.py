@@ -14,6 +14,7 @@ import comfy.quant_ops
 import torch
 from torch import Tensor, nn
 
+from ..hotpath.compiled import plain_tensor
 from ..hotpath.template import NotHoistable
 
 _CONTAINERS = (comfy.ldm.flux.layers.__name__, "torch.nn.modules")
@@ -68,9 +69,9 @@ def block_weights(layers: Sequence[tuple[str, nn.Module]], like: Tensor) -> Iter
         for path, layer in layers:
             weight, bias = _weight_and_bias(path, layer, like)
             if weight is not None:
-                weights[f"{path}.weight"] = weight.detach()
+                weights[f"{path}.weight"] = plain_tensor(weight)
             if bias is not None:
-                weights[f"{path}.bias"] = bias.detach()
+                weights[f"{path}.bias"] = plain_tensor(bias)
         yield weights
 
 

@@ -181,6 +181,17 @@ class RegionStore:
             return iter(list(self._regions.values()))
 
 
+def plain_tensor(value: Tensor) -> Tensor:
+    """``value``'s memory as a tensor that is no Parameter and of the kind made now, in or out of inference mode.
+
+    Dynamo guards on both, so that weights of one block would not fit the graph of another.
+    """
+    if value.is_inference() == torch.is_inference_mode_enabled():
+        return value.detach()
+    twin = torch.empty(0, dtype=value.dtype, device=value.device)
+    return twin.set_(value.untyped_storage(), value.storage_offset(), value.shape, value.stride())
+
+
 def tensors_in(value: Any) -> list[Tensor]:
     """All tensors in a nest of mappings, lists, tuples and dataclasses."""
     if isinstance(value, Tensor):
@@ -191,7 +202,7 @@ def tensors_in(value: Any) -> list[Tensor]:
 def input_kinds(value: Any, shapes: bool) -> Hashable:
     """What a trace depends on in ``value``: structure, dtypes, devices and ranks; with ``shapes`` sizes too."""
     if isinstance(value, Tensor):
-        kind = (value.dtype, value.device, value.ndim)
+        kind = (value.dtype, value.device, value.ndim, value.is_inference())
         return kind + (tuple(value.shape),) if shapes else kind
     if isinstance(value, Mapping):
         return tuple((name, input_kinds(item, shapes)) for name, item in value.items())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-_RANGE = re.compile(r"(\d+)(?:\s*-\s*(\d+))?")
+_RANGE = re.compile(r"([0-9]+)(?:\s*-\s*([0-9]+))?")
 
 
 def check_selection(name: str, text: str) -> None:

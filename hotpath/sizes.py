@@ -1,0 +1,26 @@
+"""Token counts that a block takes as plain integers.
+
+Dynamo bakes an integer into the graph and compiles again when it changes. A size of a tensor it can keep
+symbolic, so a count travels as the length of a tensor without data.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def as_size(count: int, like: Tensor, dynamic: bool) -> Tensor | int:
+    """A tensor of shape (count,) and one element of memory on ``like``'s device. 0 and 1 stay integers, as Dynamo
+    never makes a size of 0 or 1 symbolic."""
+    if count < 2:
+        return count
+    size = like.new_empty(()).expand(count)
+    if dynamic:
+        torch._dynamo.maybe_mark_dynamic(size, 0)
+    return size
+
+
+def from_size(size: Tensor | int) -> int:
+    """The count of ``as_size``, symbolic while tracing."""
+    return size if isinstance(size, int) else size.shape[0]

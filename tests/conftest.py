@@ -1,0 +1,30 @@
+"""Loads the pack the way a host does: as a package of another name, with the root off ``sys.path``.
+
+The root's ``nodes`` would otherwise shadow the host's module of that name.
+"""
+
+import sys
+import types
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+
+pack = types.ModuleType("hotpath_pack")
+pack.__path__ = [str(ROOT)]
+sys.modules["hotpath_pack"] = pack
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="no CUDA device on this machine"))
+
+
+@pytest.fixture
+def one_compile_only():
+    """Any recompile in the test is an error."""
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        yield

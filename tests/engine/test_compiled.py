@@ -1,0 +1,211 @@
+import dataclasses
+import gc
+import weakref
+
+import pytest
+import torch
+from hotpath_pack.hotpath.attention import AttentionMismatch, attention_scope, opaque_attention
+from hotpath_pack.hotpath.backends import available_backends
+from hotpath_pack.hotpath.compiled import (
+    CompileSettings,
+    CompileSettingsError,
+    Region,
+    RegionStore,
+    input_kinds,
+    tensors_in,
+)
+from torch import nn
+
+SETTINGS = CompileSettings(backend="aot_eager")
+DIMS = {"x": (1,)}
+
+
+class Block(nn.Module):
+    """Mutates its input, as Flux blocks do."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(8, 8, device="meta")
+
+    def forward(self, x, scale=None):
+        x += self.linear(x)
+        return x if scale is None else x * scale
+
+
+def weights():
+    return {"linear.weight": torch.randn(8, 8), "linear.bias": torch.randn(8)}
+
+
+def expected(w, x):
+    return x + nn.functional.linear(x, w["linear.weight"], w["linear.bias"])
+
+
+def region(settings=SETTINGS, bind=lambda inputs: inputs):
+    return Region("double block", Block(), bind, settings)
+
+
+def test_one_graph_for_any_weights_and_token_counts(one_compile_only):
+    compiled = region()
+    for tokens in (5, 7, 64, 8):
+        w, x = weights(), torch.randn(1, tokens, 8)
+        want = expected(w, x)
+        torch.testing.assert_close(compiled(w, {"x": x}, DIMS), want)
+        torch.testing.assert_close(x, want)  # the in-place update reaches the caller, as in eager
+    assert (compiled.stats.graphs, compiled.stats.breaks, compiled.stats.recompiles) == (1, 0, [])
+    assert compiled.stats.seconds > 0
+
+
+def test_equal_sizes_of_two_dimensions_at_first_are_no_promise(one_compile_only):
+    class Two(nn.Module):
+        def forward(self, x, y):
+            return torch.cat((x, y), 1) * 2
+
+    compiled = Region("two", Two(), lambda inputs: inputs, SETTINGS)
+    dims = {"x": (1,), "y": (1,)}
+    for left, right in ((6, 6), (6, 9), (12, 3)):
+        out = compiled({}, {"x": torch.ones(1, left, 8), "y": torch.ones(1, right, 8)}, dims)
+        assert out.shape == (1, left + right, 8)
+
+
+def test_a_new_batch_size_costs_one_graph_then_none_and_says_why():
+    compiled = region()
+    for batch in (1, 2, 3, 5):
+        compiled(weights(), {"x": torch.randn(batch, 4, 8)}, DIMS)
+    assert compiled.stats.graphs == 2
+    assert len(compiled.stats.recompiles) == 1
+    assert "size mismatch at index 0. expected 1, actual 2" in compiled.stats.recompiles[0]
+
+
+def test_always_makes_the_batch_dynamic_from_the_start(one_compile_only):
+    compiled = region(dataclasses.replace(SETTINGS, dynamic="always"))
+    for batch in (2, 3, 5):
+        compiled(weights(), {"x": torch.randn(batch, 4, 8)}, DIMS)
+    assert compiled.stats.graphs == 1
+
+
+def test_regions_share_neither_cache_nor_recompile_limit():
+    first, second = region(), region()
+    with torch._dynamo.config.patch(recompile_limit=1, error_on_recompile=True):
+        for compiled in (first, second):
+            compiled(weights(), {"x": torch.randn(1, 4, 8)}, DIMS)
+    assert first.stats.graphs == second.stats.graphs == 1
+
+
+def test_inductor_generates_code_that_agrees_with_eager(one_compile_only):
+    compiled = region(CompileSettings())
+    for tokens in (16, 40):
+        w, x = weights(), torch.randn(1, tokens, 8)
+        want = expected(w, x)
+        torch.testing.assert_close(compiled(w, {"x": x}, DIMS), want, atol=1e-5, rtol=0)
+    assert compiled.stats.graphs == 1
+
+
+def test_a_region_keeps_no_weights_alive():
+    compiled = region()
+    w = weights()
+    gone = [weakref.ref(weight) for weight in w.values()]
+    compiled(w, {"x": torch.randn(1, 4, 8)}, DIMS)
+    del w
+    gc.collect()
+    assert [ref() for ref in gone] == [None, None]
+    assert compiled.compiled
+
+
+def test_the_store_drops_the_least_recently_used():
+    store = RegionStore(capacity=2)
+    a, b = store.get("a", region), store.get("b", region)
+    assert store.get("a", region) is a
+    store.get("c", region)
+    assert store.get("a", region) is a
+    assert store.get("b", region) is not b
+    assert len(list(store)) == 2
+
+
+@pytest.mark.parametrize(
+    "settings, names",
+    [
+        (dict(mode="fast"), "mode: 'fast' is unknown"),
+        (dict(dynamic="maybe"), "dynamic: 'maybe' is unknown"),
+        (dict(mode="max-autotune", backend="eager"), "mode: 'max-autotune' is a setting of the inductor backend"),
+    ],
+)
+def test_settings_that_cannot_work_are_named(settings, names):
+    with pytest.raises(CompileSettingsError, match=names):
+        CompileSettings(**settings)
+
+
+@pytest.mark.parametrize("mode", ["reduce-overhead", "max-autotune"])
+def test_cuda_graph_modes_are_refused_where_they_would_copy_weights(mode):
+    settings = CompileSettings(mode=mode)
+    settings.check_device(torch.device("cpu"))
+    with pytest.raises(CompileSettingsError, match="copy whole at every replay. Choose 'default' or"):
+        settings.check_device(torch.device("cuda", 0))
+
+
+def test_backends_offer_inductor_first_and_only_what_is_installed():
+    names = available_backends()
+    assert names[0] == "inductor"
+    assert {"aot_eager", "eager"} <= set(names)
+    assert not {"cudagraphs", "tvm", "openxla"} & set(names)
+    for name in names:
+        torch._dynamo.lookup_backend(name)
+
+
+@dataclasses.dataclass
+class Pair:
+    left: torch.Tensor
+    right: torch.Tensor
+
+
+def test_input_kinds_see_structure_but_sizes_only_when_asked():
+    def inputs(tokens, mask=None):
+        return {"x": torch.zeros(1, tokens), "vec": (Pair(torch.zeros(2), torch.zeros(2)),), "mask": mask}
+
+    assert input_kinds(inputs(3), shapes=False) == input_kinds(inputs(4), shapes=False)
+    assert input_kinds(inputs(3), shapes=True) != input_kinds(inputs(4), shapes=True)
+    assert input_kinds(inputs(3), shapes=False) != input_kinds(inputs(3, torch.zeros(1)), shapes=False)
+    half = {**inputs(3), "x": torch.zeros(1, 3, dtype=torch.float16)}
+    assert input_kinds(inputs(3), shapes=False) != input_kinds(half, shapes=False)
+    assert len(tensors_in(inputs(3))) == 3
+
+
+class Attention(nn.Module):
+    def forward(self, q, pe=None):
+        return opaque_attention(q, q, q, pe, None, [q.shape[2]]) + 1
+
+
+def flatten(q, k, v, pe, mask, slices):
+    return q.transpose(1, 2).flatten(2) * slices[0]
+
+
+def test_whatever_attention_is_in_scope_runs_within_the_one_graph(one_compile_only):
+    compiled = Region("patched", Attention(), lambda inputs: inputs, SETTINGS)
+    for tokens, factor in ((3, 2.0), (5, -1.0)):
+        q = torch.randn(1, 2, tokens, 4)
+        with attention_scope(lambda *args, factor=factor: flatten(*args) * factor):
+            out = compiled({}, {"q": q}, {"q": (2,)})
+        torch.testing.assert_close(out, q.transpose(1, 2).flatten(2) * tokens * factor + 1)
+    assert compiled.stats.graphs == 1
+
+
+def test_scopes_nest():
+    q = torch.ones(1, 1, 1, 1)
+    with attention_scope(lambda q, *rest: q.flatten(2) * 2):
+        with attention_scope(lambda q, *rest: q.flatten(2) * 3):
+            assert opaque_attention(q, q, q, None, None, []).item() == 3
+        assert opaque_attention(q, q, q, None, None, []).item() == 2
+
+
+def test_an_attention_that_hands_its_input_back_gets_a_copy():
+    q = torch.ones(1, 1, 2, 4)
+    with attention_scope(lambda q, *rest: q.view(1, 2, 4)):
+        out = opaque_attention(q, q, q, None, None, [])
+    out.zero_()
+    assert q.sum() == 8
+
+
+@pytest.mark.parametrize("bad", [lambda q: q.flatten(2)[:, :1, :1], lambda q: q.transpose(1, 2).flatten(2).double()])
+def test_an_attention_of_another_shape_or_dtype_is_an_error(bad):
+    q = torch.ones(1, 2, 3, 4)
+    with attention_scope(lambda q, *rest: bad(q)), pytest.raises(AttentionMismatch, match="but the block needs"):
+        opaque_attention(q, q, q, None, None, [])

@@ -1,0 +1,76 @@
+"""Sampling a tiny model through the host, and what is compared."""
+
+from dataclasses import replace
+
+import comfy.sample
+import torch
+from hotpath_pack.host.compile import compile_repeated_blocks
+from hotpath_pack.host.progress import NodeText
+from hotpath_pack.hotpath.compiled import CompileSettings
+from hotpath_pack.hotpath.counters import Counts
+
+TOLERANCE = 1e-4
+SETTINGS = CompileSettings(backend="aot_eager")
+
+
+class Texts(NodeText):
+    """Keeps what a node would show."""
+
+    def __init__(self):
+        super().__init__("7")
+        object.__setattr__(self, "seen", [])
+
+    def show(self, text):
+        self.seen.append(text)
+
+
+def compiled(model, double="all", single="all", text=None, **changes):
+    return compile_repeated_blocks(model, replace(SETTINGS, **changes), double, single, text or Texts())
+
+
+def compiled_blocks(model):
+    """The wrapper that the node put on a MODEL."""
+    (wrapper,) = model.get_wrappers("apply_model", "hotpath_compile")
+    return wrapper
+
+
+def sample(model, width=64, height=64, tokens=16, batch=1, steps=2, seed=0, guidance=3.5, **cond):
+    """Latent of a short run; sizes in pixels, ``tokens`` of text."""
+    generator = torch.Generator().manual_seed(seed)
+    diffusion = model.model.diffusion_model
+    latent_format = model.model.latent_format
+    scale = getattr(latent_format, "spacial_downscale_ratio", 8)
+    shape = (batch, latent_format.latent_channels, height // scale, width // scale)
+    noise = torch.randn(shape, generator=generator)
+    text = torch.randn(1, tokens, diffusion.params.context_in_dim, generator=generator)
+    options = {"guidance": guidance, **cond}
+    if getattr(diffusion.params, "vec_in_dim", None):
+        options["pooled_output"] = torch.randn(1, diffusion.params.vec_in_dim, generator=generator)
+    positive = [[text, options]]
+    with torch.inference_mode():
+        return comfy.sample.sample(
+            model, noise, steps, 1.0, "euler", "simple", positive, positive, torch.zeros(shape), seed=seed,
+            disable_pbar=True,
+        )
+
+
+class Counting:
+    """Graphs and breaks of a span of code."""
+
+    def __enter__(self):
+        self._before = Counts.now()
+        return self
+
+    def __exit__(self, *exc):
+        now = Counts.now()
+        self.graphs = now.graphs - self._before.graphs
+        self.breaks = now.breaks - self._before.breaks
+
+
+def assert_parity(model, fast, **run):
+    """``fast`` gives what ``model`` gives, and neither is trivial."""
+    want = sample(model, **run)
+    got = sample(fast, **run)
+    assert want.isfinite().all() and want.std() > 0.1
+    difference = (want - got).abs().max().item()
+    assert difference <= TOLERANCE, f"largest difference from eager {difference}"

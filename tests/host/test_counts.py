@@ -1,0 +1,117 @@
+"""Two graphs, whatever happens around the compiled code, and what eager gives."""
+
+import pytest
+import torch
+from comfy.patcher_extension import CallbacksMP
+from comfy.sd import load_lora_for_models
+from hotpath_pack.devtools import checkpoints
+from sampling import Counting, assert_parity, compiled, compiled_blocks, sample
+
+SIZES = [dict(width=96, height=64), dict(width=64, height=160), dict(width=128, height=128)]
+TEXTS = [dict(tokens=7), dict(tokens=40)]
+
+
+def with_lora(model, weights, strength):
+    patched, _ = load_lora_for_models(model, None, weights, strength, 0)
+    assert patched.patches
+    return patched
+
+
+def in_low_vram(model):
+    """A clone that samples with every weight offloaded: cast, and patched by its LoRA, at each use."""
+
+    def offload(patcher):
+        patcher.unpatch_model(patcher.offload_device)
+        patcher.patch_model(patcher.load_device, lowvram_model_memory=1)
+
+    clone = model.clone()
+    clone.add_callback(CallbacksMP.ON_PRE_RUN, offload)
+    return clone
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_two_graphs_over_sizes_texts_and_loras(flux, flux_weights, backend):
+    weights = checkpoints.lora(flux_weights)
+    with Counting() as counting, torch._dynamo.config.patch(error_on_recompile=True):
+        assert_parity(flux, compiled(flux, backend=backend), steps=4)
+        for run in SIZES + TEXTS:
+            assert_parity(flux, compiled(flux, backend=backend), **run)
+        for strength in (0.5, 1.0):
+            patched = with_lora(flux, weights, strength)
+            assert_parity(patched, compiled(patched, backend=backend))
+    assert (counting.graphs, counting.breaks) == (2, 0)
+
+
+def test_a_lora_does_change_the_image(flux, flux_weights):
+    patched = with_lora(flux, checkpoints.lora(flux_weights), 1.0)
+    assert (sample(patched) - sample(flux)).abs().max() > 0.01
+
+
+def test_the_same_two_graphs_when_the_host_casts_weights_and_applies_the_lora_on_the_fly(flux, flux_weights):
+    model = in_low_vram(with_lora(flux, checkpoints.lora(flux_weights), 1.0))
+    with Counting() as counting, torch._dynamo.config.patch(error_on_recompile=True):
+        fast = compiled(model)
+        assert_parity(model, fast)
+        layer = flux.model.diffusion_model.single_blocks[0].linear1
+        assert layer.weight_function and layer.comfy_cast_weights
+        for run in SIZES + TEXTS:
+            assert_parity(model, fast, **run)
+        resident = with_lora(flux, checkpoints.lora(flux_weights), 1.0)
+        assert_parity(resident, compiled(resident))
+    assert (counting.graphs, counting.breaks) == (2, 0)
+
+
+def test_a_batch_costs_two_more_once_and_says_why(flux):
+    fast = compiled(flux)
+    for batch in (1, 2, 3, 4):
+        assert_parity(flux, fast, batch=batch)
+    stats = [region.stats for region in compiled_blocks(fast).regions]
+    assert [each.graphs for each in stats] == [2, 2]
+    assert all("size mismatch at index 0" in each.recompiles[0] for each in stats)
+
+
+def test_never_dynamic_compiles_each_size_and_always_matches_eager(flux, regions):
+    fast = compiled(flux, dynamic="never")
+    for run in (SIZES[0], SIZES[1], SIZES[0]):
+        assert_parity(flux, fast, **run)
+    assert [region.stats.graphs for region in regions] == [1, 1, 1, 1]
+    assert_parity(flux, compiled(flux, dynamic="always"), batch=2)
+
+
+def test_a_second_model_of_the_same_structure_compiles_nothing(flux, flux_weights):
+    from conftest import load
+
+    sample(compiled(flux))
+    other = load({name: weight * 0.9 for name, weight in flux_weights.items()})
+    with Counting() as counting:
+        assert_parity(other, compiled(other))
+    assert counting.graphs == 0
+    assert (sample(other) - sample(flux)).abs().max() > 0.01
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_other_dtypes_compute_what_eager_computes(flux_weights, dtype):
+    """Half precision rounds at each step, so the bound is one in its own unit: a few of its last places."""
+    from conftest import load
+
+    model = load({name: weight.to(dtype) for name, weight in flux_weights.items()})
+    model.set_model_compute_dtype(dtype)
+    want, got = sample(model), sample(compiled(model, backend="inductor"))
+    assert (want - got).abs().max() <= 16 * torch.finfo(dtype).eps * want.abs().max()
+
+
+def test_fp8_storage_is_cast_as_the_host_casts_it(flux_weights):
+    from conftest import load
+
+    model = load(dict(flux_weights), dtype=torch.float8_e4m3fn)
+    weight = model.model.diffusion_model.single_blocks[0].linear1.weight
+    with Counting() as counting:
+        assert_parity(model, compiled(model))
+    assert weight.dtype == torch.float8_e4m3fn
+    assert counting.graphs == 2
+
+
+def test_only_the_selected_blocks_are_compiled(flux):
+    fast = compiled(flux, double="none", single="0,2")
+    assert_parity(flux, fast)
+    assert dict(compiled_blocks(fast).compiled) == {"single": 2}
