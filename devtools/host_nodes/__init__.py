@@ -1,0 +1,182 @@
+"""Nodes for HotPath's own demo, bench and tests. The development host loads them; they are not part of the pack."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from comfy.patcher_extension import CallbacksMP, WrappersMP
+from comfy_api.latest import ComfyExtension, io
+from torch import Tensor, nn
+
+
+class HotPathDevConditioning(io.ComfyNode):
+    """Random text conditioning of a given size, in place of text encoders."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="HotPathDevConditioning",
+            category="_for_testing/hotpath",
+            inputs=[
+                io.Int.Input("tokens", default=16, min=1, max=4096),
+                io.Int.Input("text_width", default=64, min=1, max=65536),
+                io.Int.Input("pooled_width", default=32, min=0, max=65536, tooltip="0: no pooled output."),
+                io.Float.Input("guidance", default=3.5, min=0.0, max=100.0),
+                io.Int.Input("seed", default=0, min=0, max=2**63 - 1),
+            ],
+            outputs=[io.Conditioning.Output()],
+        )
+
+    @classmethod
+    def execute(cls, tokens, text_width, pooled_width, guidance, seed) -> io.NodeOutput:
+        generator = torch.Generator().manual_seed(seed)
+        extras: dict[str, Any] = {"guidance": guidance}
+        text = torch.randn(1, tokens, text_width, generator=generator)
+        if pooled_width:
+            extras["pooled_output"] = torch.randn(1, pooled_width, generator=generator)
+        return io.NodeOutput([[text, extras]])
+
+
+def attn1_patch(model, strength: float) -> None:
+    def scale_query(q, k, v, pe=None, attn_mask=None, extra_options=None):
+        return {"q": q * strength, "k": k, "v": v}
+
+    model.set_model_attn1_patch(scale_query)
+
+
+def attn1_output_patch(model, strength: float) -> None:
+    model.set_model_attn1_output_patch(lambda attn, extra_options: attn * strength)
+
+
+def patches_replace(model, strength: float) -> None:
+    """Scale what the first block of each kind returns."""
+
+    def replace(args, extra):
+        out = extra["original_block"](args)
+        return {**out, "img": out["img"] * strength}
+
+    model.set_model_patch_replace(replace, "dit", "double_block", 0)
+    model.set_model_patch_replace(replace, "dit", "single_block", 0)
+
+
+def attention_override(model, strength: float) -> None:
+    def override(func, q, k, v, *args, **kwargs):
+        return func(q * strength, k, v, *args, **kwargs)
+
+    model.model_options["transformer_options"]["optimized_attention_override"] = override
+
+
+class ForeignLinear(nn.Module):
+    """A Linear of a class that HotPath doesn't know."""
+
+    def __init__(self, linear: nn.Module, strength: float) -> None:
+        super().__init__()
+        self.linear = linear
+        self.strength = strength
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x) * self.strength
+
+
+@contextmanager
+def forward_hook(block: nn.Module, name: str, strength: float) -> Iterator[None]:
+    handle = block.get_submodule(name).register_forward_hook(lambda module, args, out: out * strength)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def inner_forward(block: nn.Module, name: str, strength: float) -> Iterator[None]:
+    layer = block.get_submodule(name)
+    original = layer.forward
+    layer.forward = lambda x: original(x) * strength
+    try:
+        yield
+    finally:
+        del layer.forward
+
+
+@contextmanager
+def foreign_linear(block: nn.Module, name: str, strength: float) -> Iterator[None]:
+    layer = block.get_submodule(name)
+    block.set_submodule(name, ForeignLinear(layer, strength))
+    try:
+        yield
+    finally:
+        block.set_submodule(name, layer)
+
+
+def while_it_runs(change: Callable[[nn.Module, str, float], Any]) -> Callable[[Any, float], None]:
+    """A patch that changes one layer in the first block of each kind for the length of a model call."""
+
+    def patch(model, strength: float) -> None:
+        def wrapper(executor, *args, **kwargs):
+            diffusion_model = executor.class_obj.diffusion_model
+            with (
+                change(diffusion_model.double_blocks[0], "img_attn.proj", strength),
+                change(diffusion_model.single_blocks[0], "linear2", strength),
+            ):
+                return executor(*args, **kwargs)
+
+        model.add_wrapper(WrappersMP.APPLY_MODEL, wrapper)
+
+    return patch
+
+
+def low_vram(model, strength: float) -> None:
+    """Sample with every weight offloaded: the host casts it, and applies its LoRA, at each use."""
+
+    def offload(patcher) -> None:
+        patcher.unpatch_model(patcher.offload_device)
+        patcher.patch_model(patcher.load_device, lowvram_model_memory=1)
+
+    model.add_callback(CallbacksMP.ON_PRE_RUN, offload)
+
+
+KINDS: dict[str, Callable[[Any, float], None]] = {
+    "attn1_patch": attn1_patch,
+    "attn1_output_patch": attn1_output_patch,
+    "patches_replace": patches_replace,
+    "attention_override": attention_override,
+    "forward_hook": while_it_runs(forward_hook),
+    "inner_forward": while_it_runs(inner_forward),
+    "foreign_linear": while_it_runs(foreign_linear),
+    "low_vram": low_vram,
+}
+
+
+class HotPathDevPatch(io.ComfyNode):
+    """Patches a Flux the way that other packs do. Strength 1 leaves the result as it is; ``low_vram`` always does."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="HotPathDevPatch",
+            category="_for_testing/hotpath",
+            inputs=[
+                io.Model.Input("model"),
+                io.Combo.Input("kind", options=list(KINDS)),
+                io.Float.Input("strength", default=1.5, min=-10.0, max=10.0, step=0.01),
+            ],
+            outputs=[io.Model.Output()],
+        )
+
+    @classmethod
+    def execute(cls, model, kind, strength) -> io.NodeOutput:
+        patched = model.clone()
+        KINDS[kind](patched, strength)
+        return io.NodeOutput(patched)
+
+
+class HotPathDevExtension(ComfyExtension):
+    async def get_node_list(self) -> list[type[io.ComfyNode]]:
+        return [HotPathDevConditioning, HotPathDevPatch]
+
+
+async def comfy_entrypoint() -> HotPathDevExtension:
+    return HotPathDevExtension()
