@@ -49,6 +49,7 @@ RUN_MODULE = (
     "import runpy, sys; sys.path[:] = [sys.argv.pop(1), *filter(None, sys.path)]; "
     "runpy.run_module(sys.argv.pop(1), run_name='__main__', alter_sys=True)"
 )
+MODULES = {"demo": "devtools.demo", "bench": "benchmarks.bench", "serve": "devtools.serve"}
 
 
 class SetupError(Exception):
@@ -162,6 +163,9 @@ def own_environment(cache: Path) -> Environment:
         if not complete.exists():
             build(environment, folder, cache / f"{key}.log", lock)
             complete.touch()
+            for older in cache.glob("*/complete"):
+                if older != complete:
+                    print(f"{older.parent} can be deleted, unless another checkout or Python uses it.")
     return environment
 
 
@@ -313,7 +317,7 @@ def run(command: str, arguments: Sequence[str], environment: Environment, cache:
         os.chdir(ROOT / "tests")
         line += ["-m", "pytest", "-c", "pytest.ini", *arguments]
     else:
-        line += ["-c", RUN_MODULE, str(ROOT), f"devtools.{command}", *arguments]
+        line += ["-c", RUN_MODULE, str(ROOT), MODULES[command], *arguments]
     env = {**os.environ, "COMFYUI_PATH": str(environment.comfyui), "HOTPATH_CACHE": str(cache)}
     sys.stdout.flush()
     if sys.platform != "win32":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from .checkpoints import flux1, save
@@ -28,9 +29,10 @@ def main(arguments: Sequence[str]) -> int:
     tiny = server.diffusion_models / "tiny_flux1.safetensors"
     if host_is_ours and not tiny.exists():
         save(tiny, flux1())
-    with server:
+    with server, suppress(KeyboardInterrupt):
         print(f"\nOpen {server.url} (Ctrl-C ends it). Models and outputs are in {server.base}.\n", flush=True)
         return server.wait()
+    return 0
 
 
 if __name__ == "__main__":

@@ -79,6 +79,7 @@ class CompiledBlocks:
         self.regions: dict[Region, None] = {}
         self.compiled: Counter[str] = Counter()
         self.eager: dict[str, set[str]] = {}
+        self.seconds = 0.0
         self._told: set[str] = set()
         self._plans: weakref.WeakKeyDictionary[nn.Module, BlockPlan] = weakref.WeakKeyDictionary()
         self._shown = ""
@@ -101,11 +102,10 @@ class CompiledBlocks:
         wrappers = transformer_options.get("wrappers", {}).get(WrappersMP.APPLY_MODEL, {})
         if WHOLE_MODEL_KEY in wrappers:
             self._note_eager("another node compiles the whole model; remove one of the two", "the model")
-            swapped = nullcontext()
-        else:
-            swapped = self._swapped(executor.class_obj.diffusion_model)
-        with swapped:
             out = executor(x, t, c_concat, c_crossattn, control, transformer_options, **kwargs)
+        else:
+            with self._swapped(executor.class_obj.diffusion_model):
+                out = executor(x, t, c_concat, c_crossattn, control, transformer_options, **kwargs)
         self._show(self.summary())
         return out
 
@@ -114,8 +114,8 @@ class CompiledBlocks:
         parts = []
         if self.compiled:
             blocks = " and ".join(f"{count} {name}" for name, count in self.compiled.items())
-            seconds = sum(region.stats.seconds for region in self.regions)
-            parts.append(f"{blocks} blocks run {len(self.regions)} regions, compiled in {seconds:.1f} s")
+            took = f"in {self.seconds:.1f} s" if self.seconds else "earlier"
+            parts.append(f"{blocks} blocks run as {len(self.regions)} regions, compiled {took}")
         parts += [f"eager: {reason} ({', '.join(sorted(blocks))})" for reason, blocks in self.eager.items()]
         return "; ".join(parts)
 
@@ -129,8 +129,10 @@ class CompiledBlocks:
                 selected = select_blocks(f"{kind.name}_blocks", self.selection[kind.name], len(blocks))
                 for index in sorted(selected):
                     block = blocks[index]
-                    if type(block) is not kind.block or "forward" in block.__dict__:
-                        self._note_eager(f"{type(block).__name__} is not the host's own block", f"{kind.name} block {index}")
+                    try:
+                        kind.refuse_foreign(block)
+                    except NotHoistable as reason:
+                        self._note_eager(str(reason), f"{kind.name} block {index}")
                         continue
                     if not self.regions:
                         self._plan(block)
@@ -149,7 +151,7 @@ class CompiledBlocks:
             if torch.compiler.is_compiling() or torch.is_grad_enabled():
                 return block.forward(*args, **kwargs)
             comfy.model_management.throw_exception_if_processing_interrupted()
-            inputs = {**dict(zip(kind.parameters, args)), **kwargs}
+            inputs = {**dict(zip(kind.parameters, args, strict=False)), **kwargs}
             activation = inputs[kind.activation]
             try:
                 attend = attention_for(inputs.get("transformer_options", {}))
@@ -195,17 +197,17 @@ class CompiledBlocks:
         self.regions.setdefault(region)
         self.compiled[kind.name] += 1
         with nullcontext() if attend is None else attention_scope(attend):
-            if region.compiled:
-                return region(weights, inputs, token_dims(inputs))
-            return self._compile(region, weights, inputs)
+            if not region.compiled:
+                self._announce(region)
+            spent = region.stats.seconds
+            out = region(weights, inputs, token_dims(inputs))
+            self.seconds += region.stats.seconds - spent
+        return out
 
-    def _compile(self, region: Region, weights: dict[str, Tensor], inputs: dict[str, Any]) -> Any:
+    def _announce(self, region: Region) -> None:
         expected = len({plan.key for plan in self._plans.values()})
         number = len(self.regions)
         self._show(f"compiling {region.name} region ({number}/{max(number, expected)}) ...")
-        out = region(weights, inputs, token_dims(inputs))
-        log.info("%s region compiled in %.1f s (%s)", region.name, region.stats.seconds, self.settings.backend)
-        return out
 
     def _note_eager(self, reason: str, block: str) -> None:
         if reason not in self._told:

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from ..hotpath.attention import Attend, opaque_attention
 from ..hotpath.sizes import as_size, from_size
-from ..hotpath.template import NotHoistable
+from ..hotpath.template import NotHoistable, refuse_bolted_on
+from .weights import class_name
 
 _SPANS = ("modulation_dims", "modulation_dims_img", "modulation_dims_txt")
 
@@ -36,12 +37,18 @@ class BlockKind:
         """Names of the forward's parameters after ``self``, in order."""
         return tuple(inspect.signature(self.block.forward).parameters)[1:]
 
-    def blocks(self, diffusion_model: nn.Module) -> Sequence[nn.Module]:
+    def blocks(self, diffusion_model: nn.Module) -> list[nn.Module]:
         """The model's blocks of this kind; empty when it has none that the host's Flux code defines."""
         blocks = getattr(diffusion_model, self.attribute, None)
         if isinstance(blocks, nn.ModuleList) and any(isinstance(block, self.block) for block in blocks):
-            return blocks
-        return ()
+            return list(blocks)
+        return []
+
+    def refuse_foreign(self, block: nn.Module) -> None:
+        """Raise NotHoistable for a block of another class, or with a forward of its own."""
+        if type(block) is not self.block:
+            raise NotHoistable(f"{class_name(type(block))} is not the host's block")
+        refuse_bolted_on("", block)
 
 
 KINDS = (
@@ -133,14 +140,16 @@ def bind_opaque(inputs: Mapping[str, Any]) -> Mapping[str, Any]:
     """Stand in for all patches around attention through the host's own hooks, and call out in their place."""
     result: list[Tensor] = []
 
-    def call_out(q, k, v, pe, attn_mask, extra_options):
+    def call_out(
+        q: Tensor, k: Tensor, v: Tensor, pe: Tensor, attn_mask: Tensor | None, extra_options: dict[str, Any]
+    ) -> dict[str, None]:
         result.append(opaque_attention(q, k, v, pe, attn_mask, extra_options.get("img_slice", [])))
         return {"pe": None}
 
-    def skip_attention(func, q, *args, **kwargs):
+    def skip_attention(func: Callable[..., Tensor], q: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         return q.transpose(1, 2).flatten(2)
 
-    def deliver(attn, extra_options):
+    def deliver(attn: Tensor, extra_options: dict[str, Any]) -> Tensor:
         return result[0]
 
     patches = {"attn1_patch": [call_out], "attn1_output_patch": [deliver]}

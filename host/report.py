@@ -8,24 +8,29 @@ from typing import Any
 from aiohttp import web
 from server import PromptServer
 
+from ..hotpath.compiled import Region
 from .compile import ACTIVE, REGIONS
 
 
 def report() -> dict[str, Any]:
     """Compiled regions of this process, and for each live compile node what it uses and what runs eager."""
     return {
-        "regions": [{"name": region.name, **asdict(region.settings), **asdict(region.stats)} for region in REGIONS],
+        "regions": [_region(region) for region in REGIONS],
         "models": [
             {
                 "node_id": blocks.text.node_id,
                 "summary": blocks.summary(),
-                "regions": [region.name for region in blocks.regions],
+                "regions": [_region(region) for region in blocks.regions],
                 "compiled_blocks": dict(blocks.compiled),
                 "eager": {reason: sorted(names) for reason, names in blocks.eager.items()},
             }
             for blocks in ACTIVE
         ],
     }
+
+
+def _region(region: Region) -> dict[str, Any]:
+    return {"name": region.name, **asdict(region.settings), **asdict(region.stats)}
 
 
 def add_route() -> None:

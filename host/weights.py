@@ -5,6 +5,8 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import PureWindowsPath
+from typing import Any
 
 import comfy.ldm.flux.layers
 import comfy.model_management
@@ -21,7 +23,7 @@ _CONTAINERS = (comfy.ldm.flux.layers.__name__, "torch.nn.modules")
 _MIXED_PRECISION_LINEAR = "mixed_precision_ops.<locals>.MixedPrecisionOps.Linear"
 
 
-def plain_layer(module: nn.Module) -> nn.Module | None:
+def plain_layer(module: Any) -> nn.Module | None:
     """The torch.nn layer with the same maths as a host layer, on the meta device; None for a container.
 
     Raises:
@@ -29,22 +31,27 @@ def plain_layer(module: nn.Module) -> nn.Module | None:
     """
     kind = type(module)
     if not has_own_forward(kind):
-        raise NotHoistable(f"the forward of {kind.__module__}.{kind.__qualname__} was replaced")
+        raise NotHoistable(f"the forward of {class_name(kind)} was replaced")
     if _is_mixed_precision_linear(kind):
         return _linear(module)
     base = next((known for known in (nn.Linear, nn.LayerNorm, nn.RMSNorm) if issubclass(kind, known)), None)
     if base is None:
         if kind.__module__.startswith(_CONTAINERS):
             return None
-        raise NotHoistable(f"{kind.__module__}.{kind.__qualname__} is not a layer that HotPath knows")
+        raise NotHoistable(f"{class_name(kind)} is not a layer that HotPath knows")
     if kind is not base and not _casts_like_the_host(kind, base):
-        raise NotHoistable(f"{kind.__module__}.{kind.__qualname__} does not compute like torch.nn.{base.__name__}")
+        raise NotHoistable(f"{class_name(kind)} does not compute like torch.nn.{base.__name__}")
     if base is nn.Linear:
         return _linear(module)
     if base is nn.LayerNorm:
         affine, bias = module.elementwise_affine, module.bias is not None
         return nn.LayerNorm(module.normalized_shape, module.eps, affine, bias, device="meta")
     return nn.RMSNorm(module.normalized_shape, module.eps, module.elementwise_affine, device="meta")
+
+
+def class_name(kind: type) -> str:
+    """A class with its module; the host names a pack's module by its whole path, of which the folder is enough."""
+    return f"{PureWindowsPath(kind.__module__).name}.{kind.__qualname__}"
 
 
 def has_own_forward(kind: type) -> bool:
@@ -96,7 +103,7 @@ def _faulted_in(layers: Sequence[nn.Module], device: torch.device) -> Iterator[N
             comfy.model_prefetch.PREFETCH_QUEUES.remove(queue)
 
 
-def _weight_and_bias(path: str, layer: nn.Module, like: Tensor) -> tuple[Tensor | None, Tensor | None]:
+def _weight_and_bias(path: str, layer: Any, like: Tensor) -> tuple[Tensor | None, Tensor | None]:
     weight, bias = getattr(layer, "weight", None), getattr(layer, "bias", None)
     if weight is None:
         return None, bias
@@ -111,13 +118,13 @@ def _weight_and_bias(path: str, layer: nn.Module, like: Tensor) -> tuple[Tensor 
     return weight, bias
 
 
-def _host_casts(layer: nn.Module) -> bool:
+def _host_casts(layer: Any) -> bool:
     return isinstance(layer, comfy.ops.CastWeightBiasOp) and bool(
         layer.comfy_cast_weights or layer.weight_function or layer.bias_function
     )
 
 
-def _quantizes(layer: nn.Module) -> bool:
+def _quantizes(layer: Any) -> bool:
     """Whether a mixed precision Linear takes its quantized path now; the host decides so at each call."""
     return (
         getattr(layer, "layout_type", None) is not None
@@ -132,7 +139,7 @@ def _is_mixed_precision_linear(kind: type) -> bool:
     return kind.__module__ == comfy.ops.__name__ and kind.__qualname__ == _MIXED_PRECISION_LINEAR
 
 
-def _casts_like_the_host(kind: type, base: type) -> bool:
+def _casts_like_the_host(kind: Any, base: type) -> bool:
     """Whether ``kind`` is the host's layer with its plain maths: not its fp8 matmul, not a class of another pack."""
     host = getattr(comfy.ops.disable_weight_init, base.__name__)
     return (
@@ -142,5 +149,5 @@ def _casts_like_the_host(kind: type, base: type) -> bool:
     )
 
 
-def _linear(module: nn.Module) -> nn.Linear:
+def _linear(module: Any) -> nn.Linear:
     return nn.Linear(module.in_features, module.out_features, bias=module.bias is not None, device="meta")

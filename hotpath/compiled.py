@@ -13,12 +13,13 @@ import threading
 import time
 import types
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._dynamo.exc import TorchDynamoException
 from torch.func import functional_call
 
 from .counters import Counts, graphs_so_far, last_guard_failure
@@ -31,9 +32,6 @@ CUDA_GRAPH_MODES = frozenset({"reduce-overhead", "max-autotune"})
 
 Bind = Callable[[Mapping[str, Any]], Mapping[str, Any]]
 """Turns a region's inputs into the keyword arguments of the block's forward. Traced with the region."""
-
-CompileListener = Callable[["Region", "float | None"], None]
-"""Called with None before a region compiles and with the seconds after."""
 
 
 class CompileSettingsError(ValueError):
@@ -64,7 +62,7 @@ class CompileSettings:
             raise CompileSettingsError(f"dynamic: {self.dynamic!r} is unknown. Choose one of {', '.join(DYNAMIC)}.")
         if self.mode != "default" and self.backend != "inductor":
             raise CompileSettingsError(
-                f"mode: {self.mode!r} is a setting of the inductor backend. With backend {self.backend!r} choose 'default'."
+                f"mode: {self.mode!r} is a setting of the inductor backend. With {self.backend!r} choose 'default'."
             )
 
     def check_device(self, device: torch.device) -> None:
@@ -84,6 +82,17 @@ class RegionStats:
     breaks: int = 0
     seconds: float = 0.0
     recompiles: list[str] = field(default_factory=list)
+
+
+class RegionFailed(RuntimeError):
+    """A region could not be compiled; nothing has run. The cause is Dynamo's or the backend's own error."""
+
+    def __init__(self, name: str, cause: Exception) -> None:
+        reason = next(iter(str(cause).strip().splitlines()), type(cause).__name__)
+        super().__init__(
+            f"the {name} region could not be compiled: {reason} - Turn off fullgraph, choose another backend, or "
+            "sample without compilation."
+        )
 
 
 class Region:
@@ -122,6 +131,9 @@ class Region:
                 compute in.
             inputs: tensors, None, or lists, tuples and dataclasses of them.
             dynamic_dims: input name -> token dimensions.
+
+        Raises:
+            RegionFailed: it had to be compiled and could not be.
         """
         if self.settings.dynamic != "never":
             for name, dims in dynamic_dims.items():
@@ -135,7 +147,7 @@ class Region:
         graphs = graphs_so_far()
         if self.compiled:
             started = time.perf_counter()
-            out = self._compiled(weights, inputs)
+            out = self._run(weights, inputs)
             if graphs_so_far() != graphs:
                 self._recompiled(graphs_so_far() - graphs, time.perf_counter() - started)
             return out
@@ -143,12 +155,19 @@ class Region:
 
     def _first_call(self, weights: dict[str, Tensor], inputs: dict[str, Any]) -> Any:
         before, started = Counts.now(), time.perf_counter()
-        out = self._compiled(weights, inputs)
+        out = self._run(weights, inputs)
         after = Counts.now()
         self.stats.graphs += after.graphs - before.graphs
         self.stats.breaks += after.breaks - before.breaks
         self.stats.seconds += time.perf_counter() - started
+        log.info("%s region compiled in %.1f s (%s)", self.name, self.stats.seconds, self.settings.backend)
         return out
+
+    def _run(self, weights: dict[str, Tensor], inputs: dict[str, Any]) -> Any:
+        try:
+            return self._compiled(weights, inputs)
+        except TorchDynamoException as error:
+            raise RegionFailed(self.name, error) from error
 
     def _recompiled(self, graphs: int, seconds: float) -> None:
         reason = last_guard_failure(self._code)
@@ -176,7 +195,7 @@ class RegionStore:
             self._regions.move_to_end(key)
             return region
 
-    def __iter__(self):
+    def __iter__(self) -> Iterator[Region]:
         with self._lock:
             return iter(list(self._regions.values()))
 
@@ -203,11 +222,10 @@ def input_kinds(value: Any, shapes: bool) -> Hashable:
     """What a trace depends on in ``value``: structure, dtypes, devices and ranks; with ``shapes`` sizes too."""
     if isinstance(value, Tensor):
         kind = (value.dtype, value.device, value.ndim, value.is_inference())
-        return kind + (tuple(value.shape),) if shapes else kind
+        return (*kind, tuple(value.shape)) if shapes else kind
     if isinstance(value, Mapping):
         return tuple((name, input_kinds(item, shapes)) for name, item in value.items())
-    items = _items(value)
-    return (type(value), tuple(input_kinds(item, shapes) for item in items)) if items else type(value)
+    return (type(value), *(input_kinds(item, shapes) for item in _items(value)))
 
 
 def _items(value: Any) -> Sequence[Any]:

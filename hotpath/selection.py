@@ -30,9 +30,7 @@ def select_blocks(name: str, text: str, count: int) -> frozenset[int]:
     outside = [last for _, last in ranges if last >= count]
     if outside:
         has = f"{count} (0-{count - 1})" if count else "none"
-        raise ValueError(
-            f"{name}: block {outside[0]} is outside this model, which has {has}. Use 'all', 'none' or ranges in that span."
-        )
+        raise ValueError(f"{name}: block {outside[0]} is outside this model, which has {has}.")
     return frozenset(selected)
 
 

@@ -61,7 +61,8 @@ class BlockPlan:
         modules: list[nn.Module] = []
         for place in self._places:
             module = modules[place.parent]._modules.get(place.name) if modules else block
-            if module is not place.module() or type(module) is not place.kind or len(module._modules) != place.children:
+            known = module is not None and module is place.module() and type(module) is place.kind
+            if module is None or not known or len(module._modules) != place.children:
                 raise NotHoistable(f"{place.path or 'the block'} was replaced")
             refuse_bolted_on(place.path, module)
             modules.append(module)

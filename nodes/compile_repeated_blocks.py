@@ -2,6 +2,7 @@
 
 from inspect import cleandoc
 
+from comfy.model_patcher import ModelPatcher
 from comfy_api.latest import io
 
 from ..host.compile import compile_repeated_blocks
@@ -25,7 +26,7 @@ class CompileRepeatedBlocks(io.ComfyNode):
             node_id="HotPathCompileRepeatedBlocks",
             display_name="Compile Repeated Blocks",
             category="model/patch/hotpath",
-            description=cleandoc(cls.__doc__),
+            description=cleandoc(cls.__doc__ or ""),
             search_aliases=["torch compile", "torch.compile", "flux speed", "hotpath", "inductor", "faster"],
             inputs=[
                 io.Model.Input("model", tooltip="A Flux.1, Flux.2 or Chroma model. It is not changed."),
@@ -87,7 +88,16 @@ class CompileRepeatedBlocks(io.ComfyNode):
         return True
 
     @classmethod
-    def execute(cls, model, mode, backend, fullgraph, dynamic, double_blocks, single_blocks) -> io.NodeOutput:
+    def execute(
+        cls,
+        model: ModelPatcher,
+        mode: str,
+        backend: str,
+        fullgraph: bool,
+        dynamic: str,
+        double_blocks: str,
+        single_blocks: str,
+    ) -> io.NodeOutput:
         settings = CompileSettings(mode, backend, fullgraph, dynamic)
         text = NodeText(cls.hidden.unique_id)
         return io.NodeOutput(compile_repeated_blocks(model, settings, double_blocks, single_blocks, text))

@@ -31,7 +31,7 @@ class HotPathDevConditioning(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, tokens, text_width, pooled_width, guidance, seed) -> io.NodeOutput:
+    def execute(cls, tokens: int, text_width: int, pooled_width: int, guidance: float, seed: int) -> io.NodeOutput:
         generator = torch.Generator().manual_seed(seed)
         extras: dict[str, Any] = {"guidance": guidance}
         text = torch.randn(1, tokens, text_width, generator=generator)
@@ -40,21 +40,21 @@ class HotPathDevConditioning(io.ComfyNode):
         return io.NodeOutput([[text, extras]])
 
 
-def attn1_patch(model, strength: float) -> None:
-    def scale_query(q, k, v, pe=None, attn_mask=None, extra_options=None):
+def attn1_patch(model: Any, strength: float) -> None:
+    def scale_query(q: Tensor, k: Tensor, v: Tensor, **rest: Any) -> dict[str, Tensor]:
         return {"q": q * strength, "k": k, "v": v}
 
     model.set_model_attn1_patch(scale_query)
 
 
-def attn1_output_patch(model, strength: float) -> None:
+def attn1_output_patch(model: Any, strength: float) -> None:
     model.set_model_attn1_output_patch(lambda attn, extra_options: attn * strength)
 
 
-def patches_replace(model, strength: float) -> None:
+def patches_replace(model: Any, strength: float) -> None:
     """Scale what the first block of each kind returns."""
 
-    def replace(args, extra):
+    def replace(args: dict[str, Any], extra: dict[str, Any]) -> dict[str, Any]:
         out = extra["original_block"](args)
         return {**out, "img": out["img"] * strength}
 
@@ -62,9 +62,9 @@ def patches_replace(model, strength: float) -> None:
     model.set_model_patch_replace(replace, "dit", "single_block", 0)
 
 
-def attention_override(model, strength: float) -> None:
-    def override(func, q, k, v, *args, **kwargs):
-        return func(q * strength, k, v, *args, **kwargs)
+def attention_override(model: Any, strength: float) -> None:
+    def override(func: Callable[..., Tensor], q: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return func(q * strength, *args, **kwargs)
 
     model.model_options["transformer_options"]["optimized_attention_override"] = override
 
@@ -114,8 +114,8 @@ def foreign_linear(block: nn.Module, name: str, strength: float) -> Iterator[Non
 def while_it_runs(change: Callable[[nn.Module, str, float], Any]) -> Callable[[Any, float], None]:
     """A patch that changes one layer in the first block of each kind for the length of a model call."""
 
-    def patch(model, strength: float) -> None:
-        def wrapper(executor, *args, **kwargs):
+    def patch(model: Any, strength: float) -> None:
+        def wrapper(executor: Any, *args: Any, **kwargs: Any) -> Any:
             diffusion_model = executor.class_obj.diffusion_model
             with (
                 change(diffusion_model.double_blocks[0], "img_attn.proj", strength),
@@ -128,10 +128,10 @@ def while_it_runs(change: Callable[[nn.Module, str, float], Any]) -> Callable[[A
     return patch
 
 
-def low_vram(model, strength: float) -> None:
+def low_vram(model: Any, strength: float) -> None:
     """Sample with every weight offloaded: the host casts it, and applies its LoRA, at each use."""
 
-    def offload(patcher) -> None:
+    def offload(patcher: Any) -> None:
         patcher.unpatch_model(patcher.offload_device)
         patcher.patch_model(patcher.load_device, lowvram_model_memory=1)
 
@@ -167,7 +167,7 @@ class HotPathDevPatch(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, model, kind, strength) -> io.NodeOutput:
+    def execute(cls, model: Any, kind: str, strength: float) -> io.NodeOutput:
         patched = model.clone()
         KINDS[kind](patched, strength)
         return io.NodeOutput(patched)

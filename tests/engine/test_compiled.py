@@ -10,6 +10,7 @@ from hotpath_pack.hotpath.compiled import (
     CompileSettings,
     CompileSettingsError,
     Region,
+    RegionFailed,
     RegionStore,
     input_kinds,
     tensors_in,
@@ -209,3 +210,28 @@ def test_an_attention_of_another_shape_or_dtype_is_an_error(bad):
     q = torch.ones(1, 2, 3, 4)
     with attention_scope(lambda q, *rest: bad(q)), pytest.raises(AttentionMismatch, match="but the block needs"):
         opaque_attention(q, q, q, None, None, [])
+
+
+def test_what_cannot_be_one_graph_is_named_and_nothing_has_run():
+    def breaking(inputs):
+        torch._dynamo.graph_break()
+        return inputs
+
+    compiled = region(bind=breaking)
+    x = torch.ones(1, 4, 8)
+    with pytest.raises(RegionFailed, match="the double block region could not be compiled: .* Turn off fullgraph"):
+        compiled(weights(), {"x": x}, DIMS)
+    assert torch.equal(x, torch.ones(1, 4, 8))
+    assert not compiled.compiled
+
+
+def test_without_fullgraph_breaks_are_counted_and_the_result_is_right():
+    def breaking(inputs):
+        torch._dynamo.graph_break()
+        return inputs
+
+    compiled = region(dataclasses.replace(SETTINGS, fullgraph=False), breaking)
+    w, x = weights(), torch.randn(1, 4, 8)
+    want = expected(w, x)
+    torch.testing.assert_close(compiled(w, {"x": x}, DIMS), want)
+    assert compiled.stats.breaks > 0

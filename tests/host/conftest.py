@@ -12,7 +12,7 @@ if not HOST:
     pytest.exit("Set COMFYUI_PATH to a ComfyUI folder, or run `python dev.py test`, which does.", returncode=2)
 sys.path.insert(0, str(Path(HOST).resolve()))
 # The test files' folder has the name of one of the host's namespaces on some systems; the host goes first.
-import comfy.options  # noqa: E402, F401
+import comfy.options  # noqa: E402
 from comfy.cli_args import args  # noqa: E402
 
 args.cpu = True

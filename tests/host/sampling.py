@@ -49,7 +49,16 @@ def sample(model, width=64, height=64, tokens=16, batch=1, steps=2, seed=0, guid
     positive = [[text, options]]
     with torch.inference_mode():
         return comfy.sample.sample(
-            model, noise, steps, 1.0, "euler", "simple", positive, positive, torch.zeros(shape), seed=seed,
+            model,
+            noise,
+            steps,
+            1.0,
+            "euler",
+            "simple",
+            positive,
+            positive,
+            torch.zeros(shape),
+            seed=seed,
             disable_pbar=True,
         )
 

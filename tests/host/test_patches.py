@@ -215,7 +215,7 @@ def bolt_block_forward(block):
         (bolt_block_hook, "has a forward hook"),
         (bolt_forward, "linear2 (Linear) has an overridden forward"),
         (bolt_foreign_linear, "ForeignLinear"),
-        (bolt_block_forward, "is not the host's own"),
+        (bolt_block_forward, "the block (SingleStreamBlock) has an overridden forward"),
     ],
 )
 def test_a_block_with_something_bolted_on_is_not_hoisted(flux, caplog, bolt, reason):

@@ -35,7 +35,7 @@ def test_the_node_shows_what_it_compiles_and_what_it_took(small_flux):
     result = small_flux.sample(compiled={"backend": "aot_eager", "dynamic": "always"}, steps=2)
     texts = [text for node, text in result.texts if node == "compile"]
     assert texts[:2] == ["compiling double block region (1/2) ...", "compiling single block region (2/2) ..."]
-    assert texts[2].startswith("2 double and 3 single blocks run 2 regions, compiled in ")
+    assert texts[2].startswith("2 double and 3 single blocks run as 2 regions, compiled in ")
     assert len(texts) == 3
 
 

@@ -6,8 +6,8 @@ import argparse
 from collections.abc import Sequence
 from statistics import median
 
-from .cli import add_sampling_arguments, comfyui_folder, positive, print_table, run_tool, write_json
-from .measure import compare
+from devtools.cli import add_sampling_arguments, comfyui_folder, positive, print_table, run_tool, write_json
+from devtools.measure import compare
 
 
 def main(arguments: Sequence[str]) -> int:

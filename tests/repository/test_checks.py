@@ -1,0 +1,81 @@
+"""The repository's own rules: linters, types, metadata."""
+
+import ast
+import importlib.util
+import re
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+CONFIG = ROOT / "pyproject.toml"
+PACKAGES = ("hotpath", "host", "nodes", "devtools", "benchmarks")
+
+
+def checked(*command, cwd=ROOT):
+    done = subprocess.run([sys.executable, "-m", *command], cwd=cwd, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_ruff():
+    checked("ruff", "check", "--no-cache", ".")
+    checked("ruff", "format", "--no-cache", "--check", ".")
+
+
+def test_mypy(tmp_path):
+    # A checkout's folder may have any name, and mypy wants a package's.
+    (tmp_path / "hotpath_pack").symlink_to(ROOT, target_is_directory=True)
+    packages = [argument for name in PACKAGES for argument in ("-p", f"hotpath_pack.{name}")]
+    checked("mypy", "--config-file", str(CONFIG), "--cache-dir", str(tmp_path / "cache"), *packages, cwd=tmp_path)
+
+
+def imports(folder):
+    for path in (ROOT / folder).rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            if isinstance(node, ast.ImportFrom):
+                names = [("." * node.level) + (node.module or "")]
+            yield from ((path.name, name) for name in names)
+
+
+def test_the_engine_imports_nothing_of_the_host():
+    allowed = {*sys.stdlib_module_names, "torch"}
+    foreign = [
+        (file, name) for file, name in imports("hotpath") if name[0] != "." and name.split(".")[0] not in allowed
+    ]
+    assert foreign == []
+    assert [name for _, name in imports("hotpath") if name.startswith("..")] == []
+
+
+def test_only_the_host_room_and_node_schemas_know_comfyui():
+    known = {name for _, name in imports("nodes") if name.startswith(("comfy", "server", "folder_paths"))}
+    assert known <= {"comfy_api.latest", "comfy.model_patcher"}
+
+
+def test_requirements_list_no_torch():
+    lines = (ROOT / "requirements.txt").read_text(encoding="utf-8").splitlines()
+    assert not [line for line in lines if re.match(r"torch", line.strip())]
+
+
+@pytest.mark.skipif(importlib.util.find_spec("tomllib") is None, reason="tomllib came with Python 3.11")
+def test_metadata_for_the_registry():
+    import tomllib
+
+    metadata = tomllib.loads(CONFIG.read_text(encoding="utf-8"))
+    comfy = metadata["tool"]["comfy"]
+    assert re.fullmatch(r">=\d+\.\d+\.\d+", comfy["requires-comfyui"])
+    assert comfy["PublisherId"] and comfy["DisplayName"]
+    assert "web" not in comfy
+    assert re.fullmatch(r"\d+\.\d+\.\d+", metadata["project"]["version"])
+    assert metadata["project"]["version"] in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+
+
+def test_every_node_has_a_literal_id_with_our_prefix_and_a_help_page():
+    for path in (ROOT / "nodes").glob("[!_]*.py"):
+        text = path.read_text(encoding="utf-8")
+        ids = re.findall(r'node_id="(\w+)"', text)
+        assert ids and "(io.ComfyNode)" in text
+        for node_id in ids:
+            assert node_id.startswith("HotPath")
+            assert (ROOT / "js" / "docs" / f"{node_id}.md").is_file()
