@@ -1,0 +1,181 @@
+"""dev.py: where it keeps things, what it refuses, and that half-made environments are never used."""
+
+import ast
+import errno
+import importlib.util
+import io
+import os
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+spec = importlib.util.spec_from_file_location("dev", ROOT / "dev.py")
+dev = importlib.util.module_from_spec(spec)
+sys.modules["dev"] = dev
+spec.loader.exec_module(dev)
+
+
+@pytest.mark.parametrize(
+    "environ, system, folder",
+    [
+        ({}, "linux", "/home/me/.cache/hotpath"),
+        ({"XDG_CACHE_HOME": "/xdg"}, "linux", "/xdg/hotpath"),
+        ({}, "darwin", "/home/me/Library/Caches/hotpath"),
+        ({"LOCALAPPDATA": "/local"}, "win32", "/local/hotpath/Cache"),
+        ({"HOTPATH_CACHE": "/mine", "XDG_CACHE_HOME": "/xdg"}, "linux", "/mine"),
+    ],
+)
+def test_the_cache_folder_follows_the_system(environ, system, folder):
+    assert dev.cache_folder(environ, system, Path("/home/me")) == Path(folder)
+
+
+def test_the_environment_is_keyed_by_what_it_is_built_from(tmp_path, monkeypatch):
+    requirements = tmp_path / "requirements.txt"
+    requirements.write_text("pytest==1\n")
+    key = dev.environment_key([requirements])
+    assert dev.environment_key([requirements]) == key
+    requirements.write_text("pytest==2\n")
+    changed = dev.environment_key([requirements])
+    monkeypatch.setattr(dev, "TORCH", ("torch==2.12.0",))
+    assert len({key, changed, dev.environment_key([requirements])}) == 3
+
+
+def archive(path, **files):
+    with tarfile.open(path, "w:gz") as tar:
+        for name, content in files.items():
+            member = tarfile.TarInfo(name.replace("__", "/"))
+            if content is None:
+                member.type, member.linkname = tarfile.SYMTYPE, "/etc/passwd"
+                tar.addfile(member)
+            else:
+                member.size = len(content)
+                tar.addfile(member, io.BytesIO(content))
+    return path
+
+
+def test_only_the_regular_files_of_the_host_are_unpacked(tmp_path):
+    source = archive(tmp_path / "a.tar.gz", p__vendor__ComfyUI__main=b"1", p__other=b"2", p__vendor__ComfyUI__link=None)
+    dev.unpack(source, ("vendor", "ComfyUI"), tmp_path / "out")
+    assert [path.name for path in (tmp_path / "out").rglob("*")] == ["main"]
+
+
+def test_a_path_that_leads_out_of_the_folder_is_refused(tmp_path):
+    source = archive(tmp_path / "a.tar.gz", **{"p__vendor__ComfyUI__..__..__evil": b"1"})
+    with pytest.raises(dev.SetupError, match="leads out of its folder"):
+        dev.unpack(source, ("vendor", "ComfyUI"), tmp_path / "out" / "ComfyUI")
+    assert not list(tmp_path.rglob("evil"))
+
+
+def test_an_archive_without_the_host_is_named(tmp_path):
+    with pytest.raises(dev.SetupError, match="holds no vendor/ComfyUI"):
+        dev.unpack(archive(tmp_path / "a.tar.gz", p__x=b"1"), ("vendor", "ComfyUI"), tmp_path / "out")
+
+
+def test_a_wrong_checksum_is_refused(tmp_path):
+    with pytest.raises(dev.SetupError, match="wrong checksum, so it was not unpacked"):
+        dev.verify(archive(tmp_path / "a.tar.gz", p__x=b"1"), dev.ARCHIVE_SHA256)
+
+
+def test_a_complete_environment_is_used_at_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(dev, "build", lambda *args: pytest.fail("built again"))
+    folder = tmp_path / dev.environment_key(dev.REQUIREMENTS)
+    folder.mkdir()
+    (folder / "complete").touch()
+    assert dev.own_environment(tmp_path).comfyui == folder / "ComfyUI"
+
+
+def test_an_interrupted_set_up_is_redone(tmp_path, monkeypatch):
+    folder = tmp_path / dev.environment_key(dev.REQUIREMENTS)
+    folder.mkdir()
+    (folder / "half").touch()
+    monkeypatch.setattr(dev, "_step", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        dev.own_environment(tmp_path)
+    assert not (folder / "half").exists()
+    assert not (folder / "complete").exists()
+
+
+def test_a_lock_is_held_against_another_process(tmp_path):
+    lock = tmp_path / "lock"
+    code = (
+        f"import sys; sys.path.insert(0, {str(ROOT)!r}); import dev; from pathlib import Path\n"
+        f"file = Path({str(lock)!r}).open('ab'); sys.exit(0 if dev._try_lock(file) else 3)"
+    )
+    with dev.locked(lock):
+        assert subprocess.call([sys.executable, "-c", code]) == 3
+    assert subprocess.call([sys.executable, "-c", code]) == 0
+
+
+def test_too_little_space_is_said_before_anything_is_fetched(tmp_path, monkeypatch):
+    monkeypatch.setattr(dev, "NEEDED_BYTES", 10**18)
+    monkeypatch.setattr(dev, "_step", lambda *args: pytest.fail("went on"))
+    with pytest.raises(dev.SetupError, match="needs about 10 GB"):
+        dev.own_environment(tmp_path)
+
+
+def test_a_disk_that_fills_up_is_one_sentence(tmp_path, monkeypatch):
+    def full(*args):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(dev, "build", full)
+    with pytest.raises(dev.SetupError, match="is full. Free some, or set HOTPATH_CACHE"):
+        dev.find_environment({}, tmp_path)
+
+
+def test_a_failed_step_names_its_log(tmp_path):
+    log = tmp_path / "log"
+    failing = [sys.executable, "-c", "print('ERROR: no such host'); raise SystemExit(1)"]
+    with log.open("ab") as lock, pytest.raises(dev.SetupError) as failed:
+        dev._step("Downloading", failing, log, lock, os.environ)
+    assert str(failed.value).startswith("Downloading failed (ERROR: no such host). Is there a network?")
+    assert str(log) in str(failed.value)
+
+
+def test_an_existing_comfyui_is_checked(tmp_path):
+    with pytest.raises(dev.SetupError, match="has no main.py"):
+        dev.find_environment({"COMFYUI_PATH": str(tmp_path)}, tmp_path)
+    (tmp_path / "main.py").touch()
+    python = dev.venv_python(tmp_path / ".venv")
+    python.parent.mkdir(parents=True)
+    python.touch()
+    found = dev.find_environment({"COMFYUI_PATH": str(tmp_path)}, tmp_path)
+    assert (found.python, found.comfyui, found.ours) == (python, tmp_path, False)
+
+
+def test_paths_given_to_the_tests_work_from_any_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("test_x.py").touch()
+    assert dev.absolute("test_x.py::test_y") == f"{tmp_path / 'test_x.py'}::test_y"
+    assert dev.absolute("-k") == "-k"
+    assert dev.absolute("missing.py") == "missing.py"
+
+
+def command_line(*arguments, **environ):
+    env = {**os.environ, **environ}
+    done = subprocess.run([sys.executable, str(ROOT / "dev.py"), *arguments], env=env, capture_output=True, text=True)
+    assert "Traceback" not in done.stderr
+    return done.returncode, done.stderr.strip()
+
+
+def test_errors_are_one_sentence_and_a_status(tmp_path):
+    status, text = command_line("demo", COMFYUI_PATH=str(tmp_path))
+    assert status == 1 and text.startswith("COMFYUI_PATH is") and len(text.splitlines()) == 1
+    assert command_line("dance")[0] == 2
+    status, text = command_line("demo", "--size", "100x100")
+    assert status == 2 and "is not WxH in multiples of 16" in text
+    status, text = command_line("demo", "--model", str(tmp_path / "none.safetensors"))
+    assert status == 2 and "can't read" in text
+
+
+def test_an_old_python_gets_a_sentence(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "version_info", (3, 9, 18))
+    assert dev.main(["demo"]) == 1
+    assert "dev.py needs Python 3.10 to 3.13" in capsys.readouterr().err
+
+
+def test_an_old_python_can_read_it():
+    ast.parse((ROOT / "dev.py").read_text(encoding="utf-8"), feature_version=(3, 8))
