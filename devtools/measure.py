@@ -119,8 +119,8 @@ def _compare(
         difference = (latents[0] - latents[1]).abs().max().item()
         comparison.largest_difference = max(comparison.largest_difference, difference)
     report = server.report()
-    comparison.regions = report["regions"]
     comparison.report = next(entry for entry in report["models"] if entry["node_id"] == "compile")
+    comparison.regions = comparison.report["regions"]
     return comparison
 
 

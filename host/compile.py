@@ -30,7 +30,8 @@ log = logging.getLogger(__name__)
 
 WRAPPER_KEY = "hotpath_compile"
 REGIONS = RegionStore(capacity=64)
-ACTIVE: weakref.WeakSet[CompiledBlocks] = weakref.WeakSet()
+# What each compile node last made, by node id.
+LATEST: weakref.WeakValueDictionary[str | None, CompiledBlocks] = weakref.WeakValueDictionary()
 
 
 def compile_repeated_blocks(
@@ -83,7 +84,7 @@ class CompiledBlocks:
         self._told: set[str] = set()
         self._plans: weakref.WeakKeyDictionary[nn.Module, BlockPlan] = weakref.WeakKeyDictionary()
         self._shown = ""
-        ACTIVE.add(self)
+        LATEST[text.node_id] = self
 
     def __call__(
         self,

@@ -9,11 +9,11 @@ from aiohttp import web
 from server import PromptServer
 
 from ..hotpath.compiled import Region
-from .compile import ACTIVE, REGIONS
+from .compile import LATEST, REGIONS
 
 
 def report() -> dict[str, Any]:
-    """Compiled regions of this process, and for each live compile node what it uses and what runs eager."""
+    """Compiled regions of this process, and for each compile node what its last MODEL uses and what runs eager."""
     return {
         "regions": [_region(region) for region in REGIONS],
         "models": [
@@ -24,7 +24,7 @@ def report() -> dict[str, Any]:
                 "compiled_blocks": dict(blocks.compiled),
                 "eager": {reason: sorted(names) for reason, names in blocks.eager.items()},
             }
-            for blocks in ACTIVE
+            for blocks in list(LATEST.values())
         ],
     }
 

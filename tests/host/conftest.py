@@ -11,24 +11,16 @@ HOST = os.environ.get("COMFYUI_PATH")
 if not HOST:
     pytest.exit("Set COMFYUI_PATH to a ComfyUI folder, or run `python dev.py test`, which does.", returncode=2)
 sys.path.insert(0, str(Path(HOST).resolve()))
-# The test files' folder has the name of one of the host's namespaces on some systems; the host goes first.
-import comfy.options  # noqa: E402
 from comfy.cli_args import args  # noqa: E402
 
 args.cpu = True
 args.use_pytorch_cross_attention = True
 
-import comfy.sd  # noqa: E402
 import torch  # noqa: E402
 from hotpath_pack.devtools import checkpoints  # noqa: E402
 from hotpath_pack.host import compile as host_compile  # noqa: E402
 from hotpath_pack.hotpath.compiled import RegionStore  # noqa: E402
-
-
-def load(state_dict, **options):
-    model = comfy.sd.load_diffusion_model_state_dict(state_dict, model_options=options)
-    assert model is not None, "the host did not recognize the checkpoint"
-    return model
+from sampling import load  # noqa: E402
 
 
 @pytest.fixture(scope="session")

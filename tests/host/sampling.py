@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 import comfy.sample
+import comfy.sd
 import torch
 from hotpath_pack.host.compile import compile_repeated_blocks
 from hotpath_pack.host.progress import NodeText
@@ -11,6 +12,13 @@ from hotpath_pack.hotpath.counters import Counts
 
 TOLERANCE = 1e-4
 SETTINGS = CompileSettings(backend="aot_eager")
+
+
+def load(state_dict, **options):
+    """A MODEL through the host's loader."""
+    model = comfy.sd.load_diffusion_model_state_dict(state_dict, model_options=options)
+    assert model is not None, "the host did not recognize the checkpoint"
+    return model
 
 
 class Texts(NodeText):

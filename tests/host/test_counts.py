@@ -5,7 +5,7 @@ import torch
 from comfy.patcher_extension import CallbacksMP
 from comfy.sd import load_lora_for_models
 from hotpath_pack.devtools import checkpoints
-from sampling import Counting, assert_parity, compiled, compiled_blocks, sample
+from sampling import Counting, assert_parity, compiled, compiled_blocks, load, sample
 
 SIZES = [dict(width=96, height=64), dict(width=64, height=160), dict(width=128, height=128)]
 TEXTS = [dict(tokens=7), dict(tokens=40)]
@@ -79,8 +79,6 @@ def test_never_dynamic_compiles_each_size_and_always_matches_eager(flux, regions
 
 
 def test_a_second_model_of_the_same_structure_compiles_nothing(flux, flux_weights):
-    from conftest import load
-
     sample(compiled(flux))
     other = load({name: weight * 0.9 for name, weight in flux_weights.items()})
     with Counting() as counting:
@@ -92,8 +90,6 @@ def test_a_second_model_of_the_same_structure_compiles_nothing(flux, flux_weight
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_other_dtypes_compute_what_eager_computes(flux_weights, dtype):
     """Half precision rounds at each step, so the bound is one in its own unit: a few of its last places."""
-    from conftest import load
-
     model = load({name: weight.to(dtype) for name, weight in flux_weights.items()})
     model.set_model_compute_dtype(dtype)
     want, got = sample(model), sample(compiled(model, backend="inductor"))
@@ -101,8 +97,6 @@ def test_other_dtypes_compute_what_eager_computes(flux_weights, dtype):
 
 
 def test_fp8_storage_is_cast_as_the_host_casts_it(flux_weights):
-    from conftest import load
-
     model = load(dict(flux_weights), dtype=torch.float8_e4m3fn)
     weight = model.model.diffusion_model.single_blocks[0].linear1.weight
     with Counting() as counting:

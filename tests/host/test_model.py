@@ -8,9 +8,8 @@ import pytest
 import torch
 from comfy.model_patcher import ModelPatcher
 from comfy_api.torch_helpers import set_torch_compile_wrapper
-from conftest import load
 from hotpath_pack.devtools import checkpoints
-from sampling import Counting, Texts, assert_parity, compiled, compiled_blocks, sample
+from sampling import Counting, Texts, assert_parity, compiled, compiled_blocks, load, sample
 
 
 def forwards(model):

@@ -5,9 +5,11 @@ import importlib.util
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
-from conftest import ROOT
+
+ROOT = Path(__file__).resolve().parent.parent.parent
 
 CONFIG = ROOT / "pyproject.toml"
 PACKAGES = ("hotpath", "host", "nodes", "devtools", "benchmarks")

@@ -11,7 +11,8 @@ import tarfile
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+
+ROOT = Path(__file__).resolve().parent.parent.parent
 
 spec = importlib.util.spec_from_file_location("dev", ROOT / "dev.py")
 dev = importlib.util.module_from_spec(spec)

@@ -21,13 +21,12 @@ def test_two_graphs_over_sizes_prompts_loras_and_offloaded_weights(whole_flux):
         options = {"steps": 2, **run}
         assert whole_flux.difference(**options) <= TOLERANCE, options
         assert whole_flux.counts() == TWO_GRAPHS, options
-    (model,) = [entry for entry in whole_flux.server.report()["models"] if entry["node_id"] == "compile"][:1]
+    (model,) = whole_flux.server.report()["models"]
     assert model["compiled_blocks"] == {"double": 19, "single": 38}
     assert model["eager"] == {}
     log = whole_flux.server.log_text()
     for kind in ("double", "single"):
         assert log.count(f"{kind} block region compiled in ") == 1
-    assert "(lowvram" not in log
     assert "loaded partially" in log and "lowvram patches: 0" not in log
 
 
