@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._dynamo.exc import TorchDynamoException
+from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
 from torch.func import functional_call
 
 from .counters import Counts, graphs_so_far, last_guard_failure
@@ -166,7 +166,7 @@ class Region:
     def _run(self, weights: dict[str, Tensor], inputs: dict[str, Any]) -> Any:
         try:
             return self._compiled(weights, inputs)
-        except TorchDynamoException as error:
+        except (TorchDynamoException, FailOnRecompileLimitHit) as error:
             raise RegionFailed(self.name, error) from error
 
     def _recompiled(self, graphs: int, seconds: float) -> None:
