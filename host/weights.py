@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import PureWindowsPath
 from typing import Any
 
@@ -71,7 +71,8 @@ def block_weights(layers: Sequence[tuple[str, nn.Module]], like: Tensor) -> Iter
     Raises:
         NotHoistable: a layer would quantize its activations, which a plain layer does not.
     """
-    with _faulted_in([layer for _, layer in layers], like.device):
+    dynamic = [layer for _, layer in layers if "_v" in layer.__dict__ and "_prefetch" not in layer.__dict__]
+    with _faulted_in(dynamic, like.device) if dynamic and like.device.type != "cpu" else nullcontext():
         weights = {}
         for path, layer in layers:
             weight, bias = _weight_and_bias(path, layer, like)
@@ -89,22 +90,18 @@ def _faulted_in(layers: Sequence[nn.Module], device: torch.device) -> Iterator[N
     Casting layer by layer would let the host reuse one layer's cast buffer for the next, since in eager mode a
     layer is done with its weights before the next one starts. The host's prefetch takes a block at a time.
     """
-    dynamic = nn.ModuleList(layer for layer in layers if hasattr(layer, "_v") and not hasattr(layer, "_prefetch"))
-    queue = None
-    if len(dynamic) and device.type != "cpu":
-        queue = [None, dynamic, None]
-        comfy.model_prefetch.PREFETCH_QUEUES.append(queue)
-        comfy.model_prefetch.prefetch_queue_pop(queue, device, None)
+    queue = [None, nn.ModuleList(layers), None]
+    comfy.model_prefetch.PREFETCH_QUEUES.append(queue)
+    comfy.model_prefetch.prefetch_queue_pop(queue, device, None)
     try:
         yield
     finally:
-        if queue is not None:
-            comfy.model_prefetch.prefetch_queue_pop(queue, device, None)
-            comfy.model_prefetch.PREFETCH_QUEUES.remove(queue)
+        comfy.model_prefetch.prefetch_queue_pop(queue, device, None)
+        comfy.model_prefetch.PREFETCH_QUEUES.remove(queue)
 
 
 def _weight_and_bias(path: str, layer: Any, like: Tensor) -> tuple[Tensor | None, Tensor | None]:
-    weight, bias = getattr(layer, "weight", None), getattr(layer, "bias", None)
+    weight, bias = layer._parameters.get("weight"), layer._parameters.get("bias")
     if weight is None:
         return None, bias
     mixed = _is_mixed_precision_linear(type(layer))

@@ -9,12 +9,15 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import nn
 
 # What every nn.Module carries; anything else on a module is structure that the forward may read.
 _MODULE_STATE = frozenset(nn.Module().__dict__)
+# Structures are long to compare and hash; each gets a number.
+_structures: dict[Hashable, int] = {}
 _PLAIN_VALUES = (bool, int, float, str, type(None), torch.dtype, torch.device)
 
 
@@ -27,8 +30,7 @@ PlainLayer = Callable[[nn.Module], "nn.Module | None"]
 modules and is copied as it is. Raises NotHoistable for a module whose maths it does not know."""
 
 
-@dataclass(frozen=True)
-class _Place:
+class _Place(NamedTuple):
     """A module of the block: where it hung when the template was made."""
 
     path: str
@@ -43,12 +45,12 @@ class _Place:
 class BlockPlan:
     """How one block maps onto its template.
 
-    ``key`` is equal for blocks of the same structure. Modules of the block are held weakly, so that a plan kept
-    anywhere never keeps a model's weights alive.
+    ``key`` is equal for blocks of the same structure, within this process. Modules of the block are held weakly, so
+    that a plan kept anywhere never keeps a model's weights alive.
     """
 
     template: nn.Module
-    key: Hashable
+    key: int
     _layers: tuple[int, ...] = field(repr=False)
     _places: tuple[_Place, ...] = field(repr=False)
 
@@ -59,12 +61,16 @@ class BlockPlan:
             NotHoistable: something was bolted onto the block, or swapped in it, since it was planned.
         """
         modules: list[nn.Module] = []
-        for place in self._places:
-            module = modules[place.parent]._modules.get(place.name) if modules else block
-            known = module is not None and module is place.module() and type(module) is place.kind
-            if module is None or not known or len(module._modules) != place.children:
-                raise NotHoistable(f"{place.path or 'the block'} was replaced")
-            refuse_bolted_on(place.path, module)
+        for path, parent, name, known, kind, children in self._places:
+            module = modules[parent]._modules.get(name) if modules else block
+            # This runs before each block of each step, hence one look at the module's own dictionary.
+            if module is None or module is not known() or type(module) is not kind:
+                raise NotHoistable(f"{path or 'the block'} was replaced")
+            state = module.__dict__
+            if state["_forward_hooks"] or state["_forward_pre_hooks"] or "forward" in state:
+                refuse_bolted_on(path, module)
+            if len(state["_modules"]) != children:
+                raise NotHoistable(f"{path or 'the block'} has other submodules")
             modules.append(module)
         return [(self._places[index].path, modules[index]) for index in self._layers]
 
@@ -114,7 +120,8 @@ def plan_block(block: nn.Module, plain_layer: PlainLayer) -> BlockPlan:
         return twin
 
     template = copy("", 0, block).eval().requires_grad_(False)
-    return BlockPlan(template, tuple(key), tuple(layers), tuple(places))
+    number = _structures.setdefault(tuple(key), len(_structures))
+    return BlockPlan(template, number, tuple(layers), tuple(places))
 
 
 def _is_plain(value: object) -> bool:
