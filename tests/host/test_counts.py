@@ -5,6 +5,7 @@ import torch
 from comfy.patcher_extension import CallbacksMP
 from comfy.sd import load_lora_for_models
 from hotpath_pack.devtools import checkpoints
+from hotpath_pack.hotpath.compiled import MODES
 from sampling import Counting, assert_parity, compiled, compiled_blocks, load, sample
 
 SIZES = [dict(width=96, height=64), dict(width=64, height=160), dict(width=128, height=128)]
@@ -103,6 +104,14 @@ def test_fp8_storage_is_cast_as_the_host_casts_it(flux_weights):
         assert_parity(model, compiled(model))
     assert weight.dtype == torch.float8_e4m3fn
     assert counting.graphs == 2
+
+
+@pytest.mark.parametrize("mode", [mode for mode in MODES if mode != "default"])
+def test_every_mode_computes_what_eager_computes(flux, mode):
+    with Counting() as counting:
+        assert_parity(flux, compiled(flux, backend="inductor", mode=mode, double="0", single="0"))
+        assert_parity(flux, compiled(flux, backend="inductor", mode=mode, double="0", single="0"), width=96)
+    assert (counting.graphs, counting.breaks) == (2, 0)
 
 
 def test_only_the_selected_blocks_are_compiled(flux):

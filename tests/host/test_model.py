@@ -3,7 +3,9 @@
 import gc
 import weakref
 
+import comfy.model_base
 import comfy.model_management
+import comfy.supported_models
 import pytest
 import torch
 from comfy.model_patcher import ModelPatcher
@@ -138,13 +140,30 @@ def test_the_log_has_a_line_a_region(flux, caplog):
 
 
 def test_a_model_without_such_blocks_is_named():
-    class UNetModel(torch.nn.Module):
-        pass
-
-    base = torch.nn.Module()
-    base.__class__ = type("SDXL", (torch.nn.Module,), {})
-    base.diffusion_model = UNetModel()
-    model = ModelPatcher(base, torch.device("cpu"), torch.device("cpu"))
+    config = comfy.supported_models.SDXL(
+        dict(
+            image_size=32,
+            in_channels=4,
+            out_channels=4,
+            model_channels=32,
+            num_res_blocks=[1, 1],
+            channel_mult=(1, 2),
+            transformer_depth=[0, 1],
+            transformer_depth_middle=1,
+            transformer_depth_output=[0, 0, 1, 1],
+            context_dim=64,
+            num_head_channels=32,
+            use_spatial_transformer=True,
+            use_linear_in_transformer=True,
+            num_classes="sequential",
+            adm_in_channels=64,
+            legacy=False,
+            dtype=torch.float32,
+        )
+    )
+    config.manual_cast_dtype = None
+    cpu = torch.device("cpu")
+    model = ModelPatcher(comfy.model_base.SDXL(config, device=cpu), cpu, cpu)
     with pytest.raises(ValueError, match=r"model: SDXL \(UNetModel\) has no repeated .* Supported are Flux.1"):
         compiled(model)
 
