@@ -4,6 +4,7 @@ from comfy_api.latest import ComfyExtension, io
 
 from .host import report
 from .nodes.compile_repeated_blocks import CompileRepeatedBlocks
+from .nodes.compile_report import CompileReport
 
 WEB_DIRECTORY = "./js"
 
@@ -13,7 +14,7 @@ class HotPathExtension(ComfyExtension):
         report.add_route()
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
-        return [CompileRepeatedBlocks]
+        return [CompileRepeatedBlocks, CompileReport]
 
 
 async def comfy_entrypoint() -> HotPathExtension:

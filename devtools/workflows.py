@@ -24,6 +24,7 @@ def sampling(
     loras: Sequence[tuple[str, float]] = (),
     patches: Sequence[tuple[str, float]] = (),
     compiled: Mapping[str, Any] | None = None,
+    report: bool = False,
 ) -> Workflow:
     """Sample a latent and save it.
 
@@ -35,6 +36,7 @@ def sampling(
         loras: (file name, strength) for each LoraLoaderModelOnly.
         patches: (kind, strength) for each HotPathDevPatch.
         compiled: inputs of Compile Repeated Blocks other than its defaults; None leaves the node out.
+        report: end in a Compile Report, node ``report``.
     """
     nodes: Workflow = {}
 
@@ -74,6 +76,8 @@ def sampling(
         denoise=1.0,
     )
     add("save", "SaveLatent", samples=samples, filename_prefix="latent")
+    if report:
+        add("report", "HotPathCompileReport", model=model, after=samples)
     return nodes
 
 
@@ -84,4 +88,5 @@ COMPILE_DEFAULTS: Mapping[str, Any] = {
     "dynamic": "auto",
     "double_blocks": "all",
     "single_blocks": "all",
+    "on_failure": "error",
 }

@@ -14,12 +14,13 @@ from typing import Any
 import comfy.model_management
 import torch
 from comfy.model_patcher import ModelPatcher
-from comfy.patcher_extension import WrapperExecutor, WrappersMP
+from comfy.patcher_extension import CallbacksMP, WrapperExecutor, WrappersMP
 from comfy_api.torch_helpers.torch_compile import COMPILE_KEY as WHOLE_MODEL_KEY
 from torch import Tensor, nn
 
 from ..hotpath.attention import Attend, attention_scope
-from ..hotpath.compiled import CompileSettings, Region, RegionStore, input_kinds
+from ..hotpath.compiled import CompileSettings, Region, RegionFailed, RegionStore, input_kinds
+from ..hotpath.preflight import inductor_problems
 from ..hotpath.selection import select_blocks
 from ..hotpath.template import BlockPlan, NotHoistable, plan_block
 from .flux import KINDS, SUPPORTED, BlockKind, attention_for, bind_for, region_inputs, token_dims
@@ -29,15 +30,24 @@ from .weights import block_weights, plain_layer
 log = logging.getLogger(__name__)
 
 WRAPPER_KEY = "hotpath_compile"
+# More blocks than this are counted rather than named.
+_FEW = 3
 REGIONS = RegionStore(capacity=64)
 # What each compile node last made, by node id.
 LATEST: weakref.WeakValueDictionary[str | None, CompiledBlocks] = weakref.WeakValueDictionary()
 
 
 def compile_repeated_blocks(
-    model: ModelPatcher, settings: CompileSettings, double_blocks: str, single_blocks: str, text: NodeText
+    model: ModelPatcher,
+    settings: CompileSettings,
+    double_blocks: str,
+    single_blocks: str,
+    on_failure: str,
+    text: NodeText,
 ) -> ModelPatcher:
     """A clone of ``model`` whose selected blocks run compiled; ``model`` itself stays as it is.
+
+    ``on_failure``: ``eager`` samples without what can't be compiled and says so, ``error`` ends the prompt.
 
     A later call on the result replaces the settings of an earlier one.
 
@@ -62,7 +72,10 @@ def compile_repeated_blocks(
     settings.check_device(model.load_device)
     compiled = model.clone()
     compiled.remove_wrappers_with_key(WrappersMP.APPLY_MODEL, WRAPPER_KEY)
-    compiled.add_wrapper_with_key(WrappersMP.APPLY_MODEL, WRAPPER_KEY, CompiledBlocks(settings, selection, text))
+    blocks = CompiledBlocks(settings, selection, on_failure, text)
+    compiled.add_wrapper_with_key(WrappersMP.APPLY_MODEL, WRAPPER_KEY, blocks)
+    compiled.remove_callbacks_with_key(CallbacksMP.ON_PRE_RUN, WRAPPER_KEY)
+    compiled.add_callback_with_key(CallbacksMP.ON_PRE_RUN, WRAPPER_KEY, blocks.start)
     return compiled
 
 
@@ -73,18 +86,28 @@ class CompiledBlocks:
     clones), so one object may serve several models and keeps none of them alive.
     """
 
-    def __init__(self, settings: CompileSettings, selection: Mapping[str, str], text: NodeText) -> None:
+    def __init__(
+        self, settings: CompileSettings, selection: Mapping[str, str], on_failure: str, text: NodeText
+    ) -> None:
         self.settings = settings
         self.selection = selection
+        self.on_failure = on_failure
         self.text = text
         self.regions: dict[Region, None] = {}
         self.compiled: Counter[str] = Counter()
         self.eager: dict[str, set[str]] = {}
         self.seconds = 0.0
+        self.recompiles: list[str] = []
+        self._failed: dict[Region, str] = {}
         self._told: set[str] = set()
         self._plans: weakref.WeakKeyDictionary[nn.Module, BlockPlan] = weakref.WeakKeyDictionary()
         self._shown = ""
         LATEST[text.node_id] = self
+
+    def start(self, patcher: ModelPatcher) -> None:
+        """A sampling run begins: what failed before is tried again, and the node shows its text again."""
+        self._failed.clear()
+        self._shown = ""
 
     def __call__(
         self,
@@ -117,7 +140,12 @@ class CompiledBlocks:
             blocks = " and ".join(f"{count} {name}" for name, count in self.compiled.items())
             took = f"in {self.seconds:.1f} s" if self.seconds else "earlier"
             parts.append(f"{blocks} blocks run as {len(self.regions)} regions, compiled {took}")
-        parts += [f"eager: {reason} ({', '.join(sorted(blocks))})" for reason, blocks in self.eager.items()]
+        if self.recompiles:
+            times = "once" if len(self.recompiles) == 1 else f"{len(self.recompiles)} times"
+            parts.append(f"compiled again {times}: {self.recompiles[-1]}")
+        for reason, names in self.eager.items():
+            which = ", ".join(sorted(names)) if len(names) <= _FEW else f"{len(names)} blocks"
+            parts.append(f"eager: {reason} ({which})")
         return "; ".join(parts)
 
     @contextmanager
@@ -162,6 +190,10 @@ class CompiledBlocks:
                     return self._run_region(kind, block, weights, taken, attend)
             except NotHoistable as reason:
                 self._note_eager(str(reason), f"{kind.name} block {index}")
+            except RegionFailed as failure:
+                if self.on_failure == "error":
+                    raise
+                self._note_eager(str(failure), f"{kind.name} block {index}")
             return block.forward(*args, **kwargs)
         finally:
             block.forward = swapped
@@ -195,19 +227,36 @@ class CompiledBlocks:
         dtypes = tuple(weight.dtype for weight in weights.values())
         key = (plan.key, bind, self.settings, kinds, dtypes, torch.is_inference_mode_enabled())
         region = REGIONS.get(key, lambda: Region(name, plan.template, bind, self.settings))
+        if region in self._failed:
+            raise NotHoistable(self._failed[region])
+        if not region.compiled:
+            self._check_machine(region, inputs[kind.activation].device)
+            self._announce(region)
+        spent, recompiles = region.stats.seconds, len(region.stats.recompiles)
+        try:
+            with nullcontext() if attend is None else attention_scope(attend):
+                out = region(weights, inputs, token_dims(inputs))
+        except RegionFailed as failure:
+            # Trying again for each of the other blocks would fail as slowly each time.
+            self._failed[region] = str(failure)
+            raise
         self.regions.setdefault(region)
         self.compiled[kind.name] += 1
-        with nullcontext() if attend is None else attention_scope(attend):
-            if not region.compiled:
-                self._announce(region)
-            spent = region.stats.seconds
-            out = region(weights, inputs, token_dims(inputs))
-            self.seconds += region.stats.seconds - spent
+        self.seconds += region.stats.seconds - spent
+        self.recompiles += [reason for reason in region.stats.recompiles[recompiles:] if reason not in self.recompiles]
         return out
+
+    def _check_machine(self, region: Region, device: torch.device) -> None:
+        """Say what is missing before a compiler is asked to work, whose own words are harder to act on."""
+        problems = inductor_problems(device) if self.settings.backend == "inductor" else []
+        if problems:
+            failure = RegionFailed(region.name, RuntimeError("; ".join(problems)))
+            self._failed[region] = str(failure)
+            raise failure
 
     def _announce(self, region: Region) -> None:
         expected = len({plan.key for plan in self._plans.values()})
-        number = len(self.regions)
+        number = len(self.regions) + 1
         self._show(f"compiling {region.name} region ({number}/{max(number, expected)}) ...")
 
     def _note_eager(self, reason: str, block: str) -> None:

@@ -1,4 +1,4 @@
-"""GET /hotpath/report: what was compiled, what it took and what runs eager, as JSON. It changes nothing."""
+"""What was compiled, what it took and what runs eager: as text for a MODEL, and as JSON at GET /hotpath/report."""
 
 from __future__ import annotations
 
@@ -6,10 +6,12 @@ from dataclasses import asdict
 from typing import Any
 
 from aiohttp import web
+from comfy.model_patcher import ModelPatcher
+from comfy.patcher_extension import WrappersMP
 from server import PromptServer
 
 from ..hotpath.compiled import Region
-from .compile import LATEST, REGIONS
+from .compile import LATEST, REGIONS, WRAPPER_KEY
 
 
 def report() -> dict[str, Any]:
@@ -31,6 +33,25 @@ def report() -> dict[str, Any]:
 
 def _region(region: Region) -> dict[str, Any]:
     return {"name": region.name, **asdict(region.settings), **asdict(region.stats)}
+
+
+def describe(model: ModelPatcher) -> str:
+    """The report on one MODEL, a line for each thing to know."""
+    compiled = model.get_wrappers(WrappersMP.APPLY_MODEL, WRAPPER_KEY)
+    if not compiled:
+        return "This MODEL does not pass through Compile Repeated Blocks."
+    (blocks,) = compiled
+    lines = [
+        blocks.summary() or "Nothing has been sampled with this MODEL yet. Connect the sampler's output to `after`."
+    ]
+    for region in blocks.regions:
+        stats = region.stats
+        lines.append(
+            f"{region.name} region: graphs {stats.graphs}, graph breaks {stats.breaks}, {stats.seconds:.1f} s "
+            f"({region.settings.backend}, {region.settings.mode})"
+        )
+        lines += [f"{region.name} region compiled again: {reason}" for reason in stats.recompiles]
+    return "\n".join(lines)
 
 
 def add_route() -> None:

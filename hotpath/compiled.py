@@ -23,6 +23,7 @@ from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
 from torch.func import functional_call
 
 from .counters import Counts, graphs_so_far, last_guard_failure
+from .reasons import plain_reason
 
 log = logging.getLogger(__name__)
 
@@ -76,7 +77,8 @@ class CompileSettings:
 
 @dataclass
 class RegionStats:
-    """What one region has cost so far. ``seconds`` is wall time of the calls that compiled."""
+    """What one region has cost so far. ``seconds`` is wall time of the calls that compiled; ``recompiles`` are the
+    reasons for all graphs after the first, in plain words."""
 
     graphs: int = 0
     breaks: int = 0
@@ -88,11 +90,10 @@ class RegionFailed(RuntimeError):
     """A region could not be compiled; nothing has run. The cause is Dynamo's or the backend's own error."""
 
     def __init__(self, name: str, cause: Exception) -> None:
-        reason = next(iter(str(cause).strip().splitlines()), type(cause).__name__)
-        super().__init__(
-            f"the {name} region could not be compiled: {reason} - Turn off fullgraph, choose another backend, or "
-            "sample without compilation."
-        )
+        # What a backend raised says more than Dynamo's sentence around it.
+        error = getattr(cause, "inner_exception", cause)
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        super().__init__(f"the {name} region could not be compiled: {reason}")
 
 
 class Region:
@@ -170,7 +171,7 @@ class Region:
             raise RegionFailed(self.name, error) from error
 
     def _recompiled(self, graphs: int, seconds: float) -> None:
-        reason = last_guard_failure(self._code)
+        reason = plain_reason(last_guard_failure(self._code))
         self.stats.graphs += graphs
         self.stats.seconds += seconds
         self.stats.recompiles.append(reason)

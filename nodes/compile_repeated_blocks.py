@@ -73,6 +73,14 @@ class CompileRepeatedBlocks(io.ComfyNode):
                     advanced=True,
                     tooltip="Which single-stream blocks to compile: all, none, or ranges such as 0-9,12.",
                 ),
+                io.Combo.Input(
+                    "on_failure",
+                    options=["eager", "error"],
+                    default="eager",
+                    advanced=True,
+                    tooltip="When something can't be compiled. eager: go on without, slower, and say why on the node "
+                    "and in the log. error: end the prompt with the reason.",
+                ),
             ],
             outputs=[io.Model.Output(tooltip="The same model, with its repeated blocks compiled while it samples.")],
             hidden=[io.Hidden.unique_id],
@@ -97,7 +105,8 @@ class CompileRepeatedBlocks(io.ComfyNode):
         dynamic: str,
         double_blocks: str,
         single_blocks: str,
+        on_failure: str,
     ) -> io.NodeOutput:
         settings = CompileSettings(mode, backend, fullgraph, dynamic)
         text = NodeText(cls.hidden.unique_id)
-        return io.NodeOutput(compile_repeated_blocks(model, settings, double_blocks, single_blocks, text))
+        return io.NodeOutput(compile_repeated_blocks(model, settings, double_blocks, single_blocks, on_failure, text))

@@ -32,8 +32,8 @@ class Texts(NodeText):
         self.seen.append(text)
 
 
-def compiled(model, double="all", single="all", text=None, **changes):
-    return compile_repeated_blocks(model, replace(SETTINGS, **changes), double, single, text or Texts())
+def compiled(model, double="all", single="all", on_failure="error", text=None, **changes):
+    return compile_repeated_blocks(model, replace(SETTINGS, **changes), double, single, on_failure, text or Texts())
 
 
 def compiled_blocks(model):

@@ -19,7 +19,16 @@ def test_the_node_is_described(schema):
     assert schema["output"] == ["MODEL"]
     assert "compiles one double-stream and one single-stream block" in schema["description"]
     inputs = schema["input"]["required"]
-    assert list(inputs) == ["model", "mode", "backend", "fullgraph", "dynamic", "double_blocks", "single_blocks"]
+    assert list(inputs) == [
+        "model",
+        "mode",
+        "backend",
+        "fullgraph",
+        "dynamic",
+        "double_blocks",
+        "single_blocks",
+        "on_failure",
+    ]
     assert all(options["tooltip"] for _, options in inputs.values())
     assert inputs["backend"][1]["options"][0] == "inductor"
     assert inputs["fullgraph"][1]["default"] is True

@@ -1,0 +1,77 @@
+"""What would keep a backend from working on this machine, found before it is asked to, in words that help."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+from pathlib import Path
+
+import torch
+from torch._inductor import cpp_builder
+from torch._inductor.runtime.cache_dir_utils import default_cache_dir
+from torch.utils._triton import has_triton_package
+
+# Triton generates code for compute capability 7.0 (Volta) and later.
+_OLDEST_CUDA = (7, 0)
+# Windows refuses paths of 260 characters; Inductor and Triton add up to 180 to their cache folder.
+_LONGEST_WINDOWS_CACHE = 80
+
+
+def inductor_problems(device: torch.device) -> list[str]:
+    """Why Inductor can't work for ``device`` on this machine, each with the fix; empty when nothing is known."""
+    cache = Path(os.environ.get("TORCHINDUCTOR_CACHE_DIR") or default_cache_dir())
+    problems = [_cache_problem(cache, sys.platform)]
+    if device.type == "cpu":
+        problems.append(_cpp_problem())
+    else:
+        problems.append(_triton_problem(sys.platform, has_triton_package()))
+    if device.type == "cuda" and torch.version.cuda is not None:
+        problems.append(_capability_problem(torch.cuda.get_device_capability(device)))
+    return [problem for problem in problems if problem is not None]
+
+
+def _cpp_problem() -> str | None:
+    try:
+        cpp_builder.get_cpp_compiler()
+    except RuntimeError:
+        return (
+            "no C++ compiler was found, which Inductor needs for the CPU. Install g++ or clang++ (Windows: Visual "
+            "Studio Build Tools with C++), or set CXX to the one you have"
+        )
+    return None
+
+
+def _triton_problem(system: str, installed: bool) -> str | None:
+    if not installed:
+        package = "triton-windows" if system == "win32" else "triton"
+        return f"Triton is not installed, which Inductor needs for this device. Install the package {package}"
+    # Triton builds its launcher with the system's compiler; on Windows it brings its own.
+    if system != "win32" and not any(map(shutil.which, (os.environ.get("CC", ""), "cc", "gcc", "clang"))):
+        return "no C compiler was found, which Triton needs. Install gcc or clang, or set CC to the one you have"
+    return None
+
+
+def _capability_problem(capability: tuple[int, int]) -> str | None:
+    if capability < _OLDEST_CUDA:
+        found = ".".join(map(str, capability))
+        return f"Triton needs a GPU of compute capability 7.0 or later and this one has {found}. Bypass the node"
+    return None
+
+
+def _cache_problem(folder: Path, system: str) -> str | None:
+    if system == "win32" and len(str(folder)) > _LONGEST_WINDOWS_CACHE:
+        return (
+            f"the compiler's cache folder {folder} is too long a path for Windows. Set TORCHINDUCTOR_CACHE_DIR to a "
+            "short one, such as C:\\inductor"
+        )
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        writable = os.access(folder, os.W_OK)
+    except OSError:
+        writable = False
+    if not writable:
+        return (
+            f"the compiler's cache folder {folder} can't be written. Set TORCHINDUCTOR_CACHE_DIR to a folder that can"
+        )
+    return None

@@ -1,0 +1,61 @@
+from pathlib import Path
+
+import pytest
+import torch
+from hotpath_pack.hotpath import preflight
+from hotpath_pack.hotpath.reasons import plain_reason
+
+
+def test_this_machine_can_compile_for_its_cpu():
+    assert preflight.inductor_problems(torch.device("cpu")) == []
+
+
+def test_a_missing_cpp_compiler_is_named_with_the_fix():
+    with torch._inductor.config.patch({"cpp.cxx": ("no-such-compiler",)}):
+        (problem,) = preflight.inductor_problems(torch.device("cpu"))
+    assert "no C++ compiler was found" in problem and "set CXX" in problem
+
+
+def test_a_cache_folder_that_cannot_be_written_is_named(tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "file" / "cache"))
+    (problem,) = preflight.inductor_problems(torch.device("cpu"))
+    assert "can't be written. Set TORCHINDUCTOR_CACHE_DIR" in problem
+
+
+def test_a_path_too_long_for_windows(tmp_path):
+    assert "too long a path for Windows" in preflight._cache_problem(Path("C:/" + "x" * 90), "win32")
+    assert preflight._cache_problem(tmp_path, "linux") is None
+
+
+@pytest.mark.parametrize("system, package", [("win32", "triton-windows"), ("linux", "triton")])
+def test_missing_triton(system, package):
+    assert preflight._triton_problem(system, installed=False).endswith(f"Install the package {package}")
+
+
+def test_triton_needs_a_c_compiler(monkeypatch):
+    monkeypatch.setattr(preflight.shutil, "which", lambda name: None)
+    assert "no C compiler was found" in preflight._triton_problem("linux", installed=True)
+    assert preflight._triton_problem("win32", installed=True) is None
+
+
+def test_a_gpu_too_old_for_triton():
+    assert "compute capability 7.0 or later and this one has 6.1" in preflight._capability_problem((6, 1))
+    assert preflight._capability_problem((7, 0)) is None
+
+
+@pytest.mark.parametrize(
+    "dynamo, plain",
+    [
+        ("tensor 'inputs['img']' size mismatch at index 0. expected 1, actual 2", "batch size changed from 1 to 2"),
+        ("tensor 'L['inputs']['x']' size mismatch at index 2. expected 8, actual 9", "size 2 of x changed from 8 to 9"),
+        (
+            "tensor 'weights['linear.weight']' dtype mismatch. expected Float, actual Half",
+            "dtype of linear.weight changed",
+        ),
+        ("len(inputs) == 3", "len(inputs) == 3"),
+        ("", "unknown"),
+    ],
+)
+def test_reasons_are_translated(dynamo, plain):
+    assert plain_reason(dynamo) == plain

@@ -1,0 +1,34 @@
+"""Compile Report, on the node and as a string."""
+
+TOLERANCE = 1e-4
+
+
+def report(live, **options):
+    result = live.sample(report=True, **{"compiled": {"backend": "aot_eager"}, "steps": 1, **options})
+    (text,) = result.history["outputs"]["report"]["text"]
+    return text.splitlines()
+
+
+def test_it_tells_regions_graphs_and_seconds_after_sampling(small_flux):
+    lines = report(small_flux)
+    assert lines[0].startswith("2 double and 3 single blocks run as 2 regions, compiled in ")
+    assert lines[1].startswith("double block region: graphs 1, graph breaks 0, ")
+    assert lines[2].startswith("single block region: graphs 1, graph breaks 0, ")
+    assert lines[2].endswith(" s (aot_eager, default)")
+    assert len(lines) == 3
+
+
+def test_it_is_made_anew_each_time_and_translates_recompiles(small_flux):
+    lines = report(small_flux, batch=2)
+    assert "compiled again once: batch size changed from 1 to 2" in lines[0]
+    assert lines.count("double block region compiled again: batch size changed from 1 to 2") == 1
+    assert small_flux.difference(compiled={"backend": "aot_eager"}, batch=2, steps=1) <= TOLERANCE
+
+
+def test_it_tells_what_runs_eager(small_flux):
+    lines = report(small_flux, patches=[("forward_hook", 1.5)])
+    assert "eager: img_attn.proj (Linear) has a forward hook (double block 0)" in lines[0]
+
+
+def test_a_model_that_is_not_compiled(small_flux):
+    assert report(small_flux, compiled=None) == ["This MODEL does not pass through Compile Repeated Blocks."]
