@@ -42,8 +42,8 @@ def compiled_blocks(model):
     return wrapper
 
 
-def sample(model, width=64, height=64, tokens=16, batch=1, steps=2, seed=0, guidance=3.5, **cond):
-    """Latent of a short run; sizes in pixels, ``tokens`` of text."""
+def sample(model, width=64, height=64, tokens=16, batch=1, steps=2, seed=0, guidance=3.5, cfg=1.0, **cond):
+    """Latent of a short run; sizes in pixels, ``tokens`` of text, ``cond`` on the positive side alone."""
     generator = torch.Generator().manual_seed(seed)
     diffusion = model.model.diffusion_model
     latent_format = model.model.latent_format
@@ -51,20 +51,20 @@ def sample(model, width=64, height=64, tokens=16, batch=1, steps=2, seed=0, guid
     shape = (batch, latent_format.latent_channels, height // scale, width // scale)
     noise = torch.randn(shape, generator=generator)
     text = torch.randn(1, tokens, diffusion.params.context_in_dim, generator=generator)
-    options = {"guidance": guidance, **cond}
+    options = {"guidance": guidance}
     if getattr(diffusion.params, "vec_in_dim", None):
         options["pooled_output"] = torch.randn(1, diffusion.params.vec_in_dim, generator=generator)
-    positive = [[text, options]]
+    positive, negative = [[text, {**options, **cond}]], [[text * 0.5, options]]
     with torch.inference_mode():
         return comfy.sample.sample(
             model,
             noise,
             steps,
-            1.0,
+            cfg,
             "euler",
             "simple",
             positive,
-            positive,
+            negative,
             torch.zeros(shape),
             seed=seed,
             disable_pbar=True,
