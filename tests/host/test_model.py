@@ -11,6 +11,7 @@ import torch
 from comfy.model_patcher import ModelPatcher
 from comfy_api.torch_helpers import set_torch_compile_wrapper
 from hotpath_pack.devtools import checkpoints
+from hotpath_pack.host import check_host
 from sampling import Counting, Texts, assert_parity, compiled, compiled_blocks, load, sample
 
 
@@ -164,6 +165,15 @@ def test_a_model_without_such_blocks_is_named():
     model = ModelPatcher(comfy.model_base.SDXL(config, device=cpu), cpu, cpu)
     with pytest.raises(ValueError, match=r"model: SDXL \(UNetModel\) has no repeated .* Supported are Flux.1"):
         compiled(model)
+
+
+@pytest.mark.parametrize("version, runs", [("0.26.9", False), ("0.27.0", True), ("1.0.0rc1", True)])
+def test_a_host_that_is_too_old_is_named(version, runs):
+    if runs:
+        check_host(version)
+    else:
+        with pytest.raises(ImportError, match=f"needs ComfyUI 0.27.0 or newer and this is {version}. Update ComfyUI"):
+            check_host(version)
 
 
 def test_blocks_outside_the_model_are_named(flux):

@@ -66,7 +66,8 @@ def test_metadata_for_the_registry():
 
     metadata = tomllib.loads(CONFIG.read_text(encoding="utf-8"))
     comfy = metadata["tool"]["comfy"]
-    assert re.fullmatch(r">=\d+\.\d+\.\d+", comfy["requires-comfyui"])
+    oldest = re.search(r'OLDEST_HOST = "(\d+\.\d+\.\d+)"', (ROOT / "host" / "__init__.py").read_text(encoding="utf-8"))
+    assert oldest and comfy["requires-comfyui"] == f">={oldest[1]}"
     assert comfy["PublisherId"] and comfy["DisplayName"]
     assert "web" not in comfy
     assert re.fullmatch(r"\d+\.\d+\.\d+", metadata["project"]["version"])

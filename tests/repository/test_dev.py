@@ -18,6 +18,7 @@ spec = importlib.util.spec_from_file_location("dev", ROOT / "dev.py")
 dev = importlib.util.module_from_spec(spec)
 sys.modules["dev"] = dev
 spec.loader.exec_module(dev)
+HOST = dev.HOSTS[0]
 
 
 @pytest.mark.parametrize(
@@ -37,12 +38,13 @@ def test_the_cache_folder_follows_the_system(environ, system, folder):
 def test_the_environment_is_keyed_by_what_it_is_built_from(tmp_path, monkeypatch):
     requirements = tmp_path / "requirements.txt"
     requirements.write_text("pytest==1\n")
-    key = dev.environment_key([requirements])
-    assert dev.environment_key([requirements]) == key
+    key = dev.environment_key([requirements], HOST)
+    assert dev.environment_key([requirements], HOST) == key
     requirements.write_text("pytest==2\n")
-    changed = dev.environment_key([requirements])
+    changed = dev.environment_key([requirements], HOST)
     monkeypatch.setattr(dev, "TORCH", ("torch==2.12.0",))
-    assert len({key, changed, dev.environment_key([requirements])}) == 3
+    pins = dev.environment_key([requirements], HOST)
+    assert len({key, changed, pins, dev.environment_key([requirements], dev.HOSTS[1])}) == 4
 
 
 def archive(path, **files):
@@ -78,24 +80,24 @@ def test_an_archive_without_the_host_is_named(tmp_path):
 
 def test_a_wrong_checksum_is_refused(tmp_path):
     with pytest.raises(dev.SetupError, match="wrong checksum, so it was not unpacked"):
-        dev.verify(archive(tmp_path / "a.tar.gz", p__x=b"1"), dev.ARCHIVE_SHA256)
+        dev.verify(archive(tmp_path / "a.tar.gz", p__x=b"1"), HOST.sha256)
 
 
 def test_a_complete_environment_is_used_at_once(tmp_path, monkeypatch):
     monkeypatch.setattr(dev, "build", lambda *args: pytest.fail("built again"))
-    folder = tmp_path / dev.environment_key(dev.REQUIREMENTS)
+    folder = tmp_path / dev.environment_key(dev.REQUIREMENTS, HOST)
     folder.mkdir()
     (folder / "complete").touch()
-    assert dev.own_environment(tmp_path).comfyui == folder / "ComfyUI"
+    assert dev.own_environment(tmp_path, HOST).comfyui == folder / "ComfyUI"
 
 
 def test_an_interrupted_set_up_is_redone(tmp_path, monkeypatch):
-    folder = tmp_path / dev.environment_key(dev.REQUIREMENTS)
+    folder = tmp_path / dev.environment_key(dev.REQUIREMENTS, HOST)
     folder.mkdir()
     (folder / "half").touch()
     monkeypatch.setattr(dev, "_step", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
-        dev.own_environment(tmp_path)
+        dev.own_environment(tmp_path, HOST)
     assert not (folder / "half").exists()
     assert not (folder / "complete").exists()
 
@@ -115,7 +117,7 @@ def test_too_little_space_is_said_before_anything_is_fetched(tmp_path, monkeypat
     monkeypatch.setattr(dev, "NEEDED_BYTES", 10**18)
     monkeypatch.setattr(dev, "_step", lambda *args: pytest.fail("went on"))
     with pytest.raises(dev.SetupError, match="needs about 10 GB"):
-        dev.own_environment(tmp_path)
+        dev.own_environment(tmp_path, HOST)
 
 
 def test_a_disk_that_fills_up_is_one_sentence(tmp_path, monkeypatch):
@@ -124,7 +126,7 @@ def test_a_disk_that_fills_up_is_one_sentence(tmp_path, monkeypatch):
 
     monkeypatch.setattr(dev, "build", full)
     with pytest.raises(dev.SetupError, match="is full. Free some, or set HOTPATH_CACHE"):
-        dev.find_environment({}, tmp_path)
+        dev.find_environment({}, tmp_path, HOST)
 
 
 def test_a_failed_step_names_its_log(tmp_path):
@@ -138,12 +140,12 @@ def test_a_failed_step_names_its_log(tmp_path):
 
 def test_an_existing_comfyui_is_checked(tmp_path):
     with pytest.raises(dev.SetupError, match="has no main.py"):
-        dev.find_environment({"COMFYUI_PATH": str(tmp_path)}, tmp_path)
+        dev.find_environment({"COMFYUI_PATH": str(tmp_path)}, tmp_path, HOST)
     (tmp_path / "main.py").touch()
     python = dev.venv_python(tmp_path / ".venv")
     python.parent.mkdir(parents=True)
     python.touch()
-    found = dev.find_environment({"COMFYUI_PATH": str(tmp_path)}, tmp_path)
+    found = dev.find_environment({"COMFYUI_PATH": str(tmp_path)}, tmp_path, HOST)
     assert (found.python, found.comfyui, found.ours) == (python, tmp_path, False)
 
 
@@ -166,6 +168,8 @@ def test_errors_are_one_sentence_and_a_status(tmp_path):
     status, text = command_line("demo", COMFYUI_PATH=str(tmp_path))
     assert status == 1 and text.startswith("COMFYUI_PATH is") and len(text.splitlines()) == 1
     assert command_line("dance")[0] == 2
+    status, text = command_line("--host", "0.1.0", "demo")
+    assert status == 2 and "invalid choice: '0.1.0'" in text
     status, text = command_line("demo", "--size", "100x100")
     assert status == 2 and "is not WxH in multiples of 16" in text
     status, text = command_line("demo", "--model", str(tmp_path / "none.safetensors"))
