@@ -48,7 +48,11 @@ def main(arguments: Sequence[str]) -> int:
         checkpoint = save(server.diffusion_models / "flux1-dev.safetensors", weights)
         save(server.loras / "style.safetensors", weights)
         workflow = sampling(
-            checkpoint.name, describe(checkpoint), loras=[("style.safetensors", 0.8)], compiled={}, steps=20
+            checkpoint.name,
+            describe(checkpoint),
+            loras=[("style.safetensors", 0.8)],
+            compiled={"on_failure": "eager"},
+            steps=20,
         )
         with sync_playwright() as playwright:
             browser = playwright.chromium.launch(
