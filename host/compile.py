@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from ..hotpath.attention import Attend, attention_scope
 from ..hotpath.compiled import CompileSettings, Region, RegionFailed, RegionStore, input_kinds
-from ..hotpath.preflight import inductor_problems
+from ..hotpath.preflight import compile_problems
 from ..hotpath.selection import select_blocks
 from ..hotpath.template import BlockPlan, NotHoistable, plan_block
 from .flux import KINDS, SUPPORTED, BlockKind, attention_for, bind_for, region_inputs, token_dims
@@ -176,13 +176,14 @@ class CompiledBlocks:
         # The block must look untouched to the plan, to a tracer and to whatever runs inside it.
         swapped = block.__dict__.pop("forward")
         try:
-            # Weights enter a region detached, so a call that records gradients has to stay eager.
-            if torch.compiler.is_compiling() or torch.is_grad_enabled():
+            if torch.compiler.is_compiling():
                 return block.forward(*args, **kwargs)
             comfy.model_management.throw_exception_if_processing_interrupted()
-            inputs = {**dict(zip(kind.parameters, args, strict=False)), **kwargs}
+            inputs = {**dict(zip(kind.parameters[: len(args)], args, strict=True)), **kwargs}
             activation = inputs[kind.activation]
             try:
+                if torch.is_grad_enabled():
+                    raise NotHoistable("gradients are being recorded, and weights enter a region without theirs")
                 attend = attention_for(inputs.get("transformer_options", {}))
                 layers = self._layers(block)
                 with block_weights(layers, activation) as weights:
@@ -191,7 +192,8 @@ class CompiledBlocks:
             except NotHoistable as reason:
                 self._note_eager(str(reason), f"{kind.name} block {index}")
             except RegionFailed as failure:
-                if self.on_failure == "error":
+                # Without fullgraph, a part before a graph break may have run, and blocks update their inputs in place.
+                if self.on_failure == "error" or not self.settings.fullgraph:
                     raise
                 self._note_eager(str(failure), f"{kind.name} block {index}")
             return block.forward(*args, **kwargs)
@@ -248,7 +250,7 @@ class CompiledBlocks:
 
     def _check_machine(self, region: Region, device: torch.device) -> None:
         """Say what is missing before a compiler is asked to work, whose own words are harder to act on."""
-        problems = inductor_problems(device) if self.settings.backend == "inductor" else []
+        problems = compile_problems(self.settings.backend, device)
         if problems:
             failure = RegionFailed(region.name, RuntimeError("; ".join(problems)))
             self._failed[region] = str(failure)

@@ -14,11 +14,13 @@ import time
 import types
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._dynamo import config as dynamo_config
 from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
 from torch.func import functional_call
 
@@ -87,7 +89,7 @@ class RegionStats:
 
 
 class RegionFailed(RuntimeError):
-    """A region could not be compiled; nothing has run. The cause is Dynamo's or the backend's own error."""
+    """A region could not be compiled. With fullgraph, nothing of it has run. The cause is the compiler's own error."""
 
     def __init__(self, name: str, cause: Exception) -> None:
         # What a backend raised says more than Dynamo's sentence around it.
@@ -103,6 +105,7 @@ class Region:
         self.name = name
         self.settings = settings
         self.stats = RegionStats()
+        self.compiled = False
 
         def region(weights: dict[str, Tensor], inputs: dict[str, Any]) -> Any:
             return functional_call(template, weights, (), dict(bind(inputs)))
@@ -117,10 +120,10 @@ class Region:
             fullgraph=settings.fullgraph,
             dynamic=False if settings.dynamic == "never" else None,
         )
-
-    @property
-    def compiled(self) -> bool:
-        return self.stats.graphs > 0
+        # With fullgraph, Dynamo raises at its recompile limit; without, it would go on eager and say nothing.
+        self._scope: AbstractContextManager[Any] = (
+            nullcontext() if settings.fullgraph else dynamo_config.patch(fail_on_recompile_limit_hit=True)
+        )
 
     def __call__(
         self, weights: dict[str, Tensor], inputs: dict[str, Any], dynamic_dims: Mapping[str, Sequence[int]]
@@ -161,12 +164,14 @@ class Region:
         self.stats.graphs += after.graphs - before.graphs
         self.stats.breaks += after.breaks - before.breaks
         self.stats.seconds += time.perf_counter() - started
+        self.compiled = True
         log.info("%s region compiled in %.1f s (%s)", self.name, self.stats.seconds, self.settings.backend)
         return out
 
     def _run(self, weights: dict[str, Tensor], inputs: dict[str, Any]) -> Any:
         try:
-            return self._compiled(weights, inputs)
+            with self._scope:
+                return self._compiled(weights, inputs)
         except (TorchDynamoException, FailOnRecompileLimitHit) as error:
             raise RegionFailed(self.name, error) from error
 

@@ -18,8 +18,12 @@ _OLDEST_CUDA = (7, 0)
 _LONGEST_WINDOWS_CACHE = 80
 
 
-def inductor_problems(device: torch.device) -> list[str]:
-    """Why Inductor can't work for ``device`` on this machine, each with the fix; empty when nothing is known."""
+def compile_problems(backend: str, device: torch.device) -> list[str]:
+    """Why ``backend`` can't work for ``device`` in this process, each with the fix; empty when nothing is known."""
+    if torch._dynamo.config.disable:
+        return ["torch.compile is switched off in this process. Start ComfyUI without TORCHDYNAMO_DISABLE"]
+    if backend != "inductor":
+        return []
     cache = Path(os.environ.get("TORCHINDUCTOR_CACHE_DIR") or default_cache_dir())
     problems = [_cache_problem(cache, sys.platform)]
     if device.type == "cpu":

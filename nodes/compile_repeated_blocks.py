@@ -79,7 +79,8 @@ class CompileRepeatedBlocks(io.ComfyNode):
                     default="eager",
                     advanced=True,
                     tooltip="When something can't be compiled. eager: go on without, slower, and say why on the node "
-                    "and in the log. error: end the prompt with the reason.",
+                    "and in the log. error: end the prompt with the reason. Without fullgraph it always ends, as "
+                    "part of a block may have run by then.",
                 ),
             ],
             outputs=[io.Model.Output(tooltip="The same model, with its repeated blocks compiled while it samples.")],

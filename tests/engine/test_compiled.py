@@ -224,8 +224,9 @@ def test_what_cannot_be_one_graph_is_named_and_nothing_has_run():
     assert not compiled.compiled
 
 
-def test_a_recompile_limit_that_another_pack_lowered_is_an_error_not_a_silent_fall_to_eager():
-    compiled = region()
+@pytest.mark.parametrize("fullgraph", [True, False])
+def test_a_recompile_limit_that_is_reached_is_an_error_not_a_silent_fall_to_eager(fullgraph):
+    compiled = region(dataclasses.replace(SETTINGS, fullgraph=fullgraph))
     with torch._dynamo.config.patch(recompile_limit=1):
         compiled(weights(), {"x": torch.randn(1, 4, 8)}, DIMS)
         with pytest.raises(RegionFailed, match="the double block region could not be compiled"):

@@ -7,19 +7,26 @@ from hotpath_pack.hotpath.reasons import plain_reason
 
 
 def test_this_machine_can_compile_for_its_cpu():
-    assert preflight.inductor_problems(torch.device("cpu")) == []
+    assert preflight.compile_problems("inductor", torch.device("cpu")) == []
 
 
 def test_a_missing_cpp_compiler_is_named_with_the_fix():
     with torch._inductor.config.patch({"cpp.cxx": ("no-such-compiler",)}):
-        (problem,) = preflight.inductor_problems(torch.device("cpu"))
+        (problem,) = preflight.compile_problems("inductor", torch.device("cpu"))
     assert "no C++ compiler was found" in problem and "set CXX" in problem
+
+
+def test_torch_compile_switched_off_is_named():
+    with torch._dynamo.config.patch(disable=True):
+        for backend in ("inductor", "aot_eager"):
+            (problem,) = preflight.compile_problems(backend, torch.device("cpu"))
+            assert "torch.compile is switched off" in problem
 
 
 def test_a_cache_folder_that_cannot_be_written_is_named(tmp_path, monkeypatch):
     (tmp_path / "file").touch()
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "file" / "cache"))
-    (problem,) = preflight.inductor_problems(torch.device("cpu"))
+    (problem,) = preflight.compile_problems("inductor", torch.device("cpu"))
     assert "can't be written. Set TORCHINDUCTOR_CACHE_DIR" in problem
 
 

@@ -57,6 +57,14 @@ def test_or_it_ends_with_the_reason(flux, faulty, error):
     assert_parity(flux, compiled(flux))
 
 
+def test_without_fullgraph_it_ends_too_since_a_part_may_have_run(flux, faulty):
+    """Going on eager would apply the in-place updates of that part twice."""
+    faulty.error = RuntimeError("no such kernel")
+    with pytest.raises(RegionFailed, match="no such kernel"):
+        sample(compiled(flux, backend="hotpath_faulty", on_failure="eager", fullgraph=False))
+    assert_parity(flux, compiled(flux))
+
+
 def test_the_next_prompt_can_compile_again(flux, faulty):
     fast = compiled(flux, backend="hotpath_faulty", on_failure="eager")
     faulty.error = RuntimeError("not now")
