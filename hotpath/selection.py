@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 
 _RANGE = re.compile(r"([0-9]+)(?:\s*-\s*([0-9]+))?")
+# As much of a text that can't be read as an error repeats.
+_QUOTED = 40
 
 
 def check_selection(name: str, text: str) -> None:
@@ -46,7 +48,7 @@ def _ranges(name: str, text: str) -> list[tuple[int, int]] | None:
         match = _RANGE.fullmatch(part.strip())
         if match is None:
             raise ValueError(
-                f"{name}: cannot read {part.strip()!r} in {text!r}. Use 'all', 'none' or ranges such as '0-9,12'."
+                f"{name}: cannot read {part.strip()[:_QUOTED]!r}. Use 'all', 'none' or ranges such as '0-9,12'."
             )
         first = int(match[1])
         last = int(match[2]) if match[2] else first

@@ -89,9 +89,12 @@ class CompileRepeatedBlocks(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, double_blocks: str, single_blocks: str) -> bool | str:
+        # A linked input has no value yet; it is checked when the node runs.
+        given = {"double_blocks": double_blocks, "single_blocks": single_blocks}
         try:
-            check_selection("double_blocks", double_blocks)
-            check_selection("single_blocks", single_blocks)
+            for name, text in given.items():
+                if isinstance(text, str):
+                    check_selection(name, text)
         except ValueError as error:
             return str(error)
         return True

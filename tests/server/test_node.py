@@ -3,6 +3,7 @@
 import pytest
 import requests
 from hotpath_pack.devtools.server import PromptFailed
+from hotpath_pack.devtools.workflows import sampling
 
 EAGER = {"backend": "aot_eager"}
 TOLERANCE = 1e-4
@@ -88,6 +89,7 @@ def test_what_is_not_hoisted_is_told(small_flux, kind):
         ({"double_blocks": "0-5"}, "double_blocks: block 5 is outside this model, which has 2 (0-1)"),
         ({"double_blocks": "none", "single_blocks": "none"}, "leave no block of this model to compile"),
         ({"mode": "max-autotune", "backend": "aot_eager"}, "is a setting of the inductor backend"),
+        ({"single_blocks": "x" * 10_000}, f"cannot read '{'x' * 40}'. Use"),
         ({"single_blocks": "two"}, "single_blocks: cannot read 'two'"),
         ({"single_blocks": "3-1"}, "the range '3-1' runs backwards. Write '1-3'"),
         ({"mode": "fastest"}, "fastest"),
@@ -100,6 +102,20 @@ def test_bad_input_is_named_and_the_model_stays_usable(small_flux, inputs, says)
     assert failed.value.node_id == "compile"
     assert says in failed.value.message
     assert small_flux.difference(compiled=EAGER, steps=1) <= TOLERANCE
+
+
+def test_a_linked_block_range_is_read_when_the_node_runs(small_flux):
+    def sample(text):
+        workflow = sampling(small_flux.checkpoint, small_flux.flux, steps=1, compiled=EAGER)
+        workflow["range"] = {"class_type": "PrimitiveString", "inputs": {"value": text}}
+        workflow["compile"]["inputs"]["double_blocks"] = ["range", 0]
+        return small_flux.server.run(workflow)
+
+    sample("1")
+    (model,) = small_flux.server.report()["models"]
+    assert model["compiled_blocks"] == {"double": 1, "single": 3}
+    with pytest.raises(PromptFailed, match="double_blocks: cannot read 'one'"):
+        sample("one")
 
 
 def test_two_compile_nodes_on_one_model_keep_their_settings(small_flux):
