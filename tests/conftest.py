@@ -7,6 +7,7 @@ import sys
 import types
 from pathlib import Path
 
+import hypothesis
 import pytest
 import torch
 
@@ -15,6 +16,10 @@ ROOT = Path(__file__).resolve().parent.parent
 pack = types.ModuleType("hotpath_pack")
 pack.__path__ = [str(ROOT)]
 sys.modules["hotpath_pack"] = pack
+
+# A shared machine can take any time for an example.
+hypothesis.settings.register_profile("hotpath", deadline=None)
+hypothesis.settings.load_profile("hotpath")
 
 
 def pytest_collection_modifyitems(items):
