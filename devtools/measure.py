@@ -29,7 +29,6 @@ class Comparison:
     size: tuple[int, int]
     steps: int
     report: Mapping[str, Any] = field(default_factory=dict)
-    regions: list[Mapping[str, Any]] = field(default_factory=list)
     eager: list[float] = field(default_factory=list)
     compiled: list[float] = field(default_factory=list)
     cold: float = 0.0
@@ -37,7 +36,7 @@ class Comparison:
 
     def numbers(self) -> dict[str, Any]:
         """Everything as JSON values; seconds per step are medians of the warm runs."""
-        blocks = self.report["compiled_blocks"]
+        blocks, regions = self.report["compiled_blocks"], self.report["regions"]
         return {
             "model": self.model,
             "device": self.device,
@@ -46,11 +45,11 @@ class Comparison:
             "steps": self.steps,
             "blocks": {kind: blocks.get(kind, 0) for kind in ("double", "single")},
             "eager_blocks": self.report["eager"],
-            "regions": len(self.regions),
-            "graphs": sum(region["graphs"] for region in self.regions),
-            "graph_breaks": sum(region["breaks"] for region in self.regions),
-            "recompiles": sum(len(region["recompiles"]) for region in self.regions),
-            "compile_seconds": sum(region["seconds"] for region in self.regions),
+            "regions": len(regions),
+            "graphs": sum(region["graphs"] for region in regions),
+            "graph_breaks": sum(region["breaks"] for region in regions),
+            "recompiles": sum(len(region["recompiles"]) for region in regions),
+            "compile_seconds": sum(region["seconds"] for region in regions),
             "first_run_seconds": self.cold,
             "seconds_per_step": {"eager": median(self.eager), "compiled": median(self.compiled)},
             "seconds_per_step_all": {"eager": self.eager, "compiled": self.compiled},
@@ -120,7 +119,6 @@ def _compare(
         comparison.largest_difference = max(comparison.largest_difference, difference)
     report = server.report()
     comparison.report = next(entry for entry in report["models"] if entry["node_id"] == "compile")
-    comparison.regions = comparison.report["regions"]
     return comparison
 
 

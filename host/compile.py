@@ -231,11 +231,11 @@ class CompiledBlocks:
         region = REGIONS.get(key, lambda: Region(name, plan.template, bind, self.settings))
         if region in self._failed:
             raise NotHoistable(self._failed[region])
-        if not region.compiled:
-            self._check_machine(region, inputs[kind.activation].device)
-            self._announce(region)
         spent, recompiles = region.stats.seconds, len(region.stats.recompiles)
         try:
+            if not region.compiled:
+                self._check_machine(region, inputs[kind.activation].device)
+                self._announce(region)
             with nullcontext() if attend is None else attention_scope(attend):
                 out = region(weights, inputs, token_dims(inputs))
         except RegionFailed as failure:
@@ -252,9 +252,7 @@ class CompiledBlocks:
         """Say what is missing before a compiler is asked to work, whose own words are harder to act on."""
         problems = compile_problems(self.settings.backend, device)
         if problems:
-            failure = RegionFailed(region.name, RuntimeError("; ".join(problems)))
-            self._failed[region] = str(failure)
-            raise failure
+            raise RegionFailed(region.name, RuntimeError("; ".join(problems)))
 
     def _announce(self, region: Region) -> None:
         expected = len({plan.key for plan in self._plans.values()})

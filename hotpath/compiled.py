@@ -134,16 +134,14 @@ class Region:
             weights: the block's weights by the template's parameter names, on the device and in the dtype to
                 compute in.
             inputs: tensors, None, or lists, tuples and dataclasses of them.
-            dynamic_dims: input name -> token dimensions.
+            dynamic_dims: name of a tensor among the inputs -> its token dimensions.
 
         Raises:
             RegionFailed: it had to be compiled and could not be.
         """
         if self.settings.dynamic != "never":
             for name, dims in dynamic_dims.items():
-                tensor = inputs.get(name)
-                if tensor is not None:
-                    torch._dynamo.maybe_mark_dynamic(tensor, list(dims))
+                torch._dynamo.maybe_mark_dynamic(inputs[name], list(dims))
         if self.settings.dynamic == "always":
             for tensor in tensors_in(inputs):
                 if tensor.ndim:

@@ -63,13 +63,10 @@ class BlockPlan:
         modules: list[nn.Module] = []
         for path, parent, name, known, kind, children in self._places:
             module = modules[parent]._modules.get(name) if modules else block
-            # This runs before each block of each step, hence one look at the module's own dictionary.
             if module is None or module is not known() or type(module) is not kind:
                 raise NotHoistable(f"{path or 'the block'} was replaced")
-            state = module.__dict__
-            if state["_forward_hooks"] or state["_forward_pre_hooks"] or "forward" in state:
-                refuse_bolted_on(path, module)
-            if len(state["_modules"]) != children:
+            refuse_bolted_on(path, module)
+            if len(module._modules) != children:
                 raise NotHoistable(f"{path or 'the block'} has other submodules")
             modules.append(module)
         return [(self._places[index].path, modules[index]) for index in self._layers]

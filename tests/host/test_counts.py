@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from comfy.patcher_extension import CallbacksMP
 from comfy.sd import load_lora_for_models
 from hotpath_pack.devtools import checkpoints
+from hotpath_pack.devtools.host_nodes import low_vram
 from hotpath_pack.hotpath.compiled import MODES
 from sampling import Counting, assert_parity, compiled, compiled_blocks, load, sample
 
@@ -19,14 +19,8 @@ def with_lora(model, weights, strength):
 
 
 def in_low_vram(model):
-    """A clone that samples with every weight offloaded: cast, and patched by its LoRA, at each use."""
-
-    def offload(patcher):
-        patcher.unpatch_model(patcher.offload_device)
-        patcher.patch_model(patcher.load_device, lowvram_model_memory=1)
-
     clone = model.clone()
-    clone.add_callback(CallbacksMP.ON_PRE_RUN, offload)
+    low_vram(clone, 1.0)
     return clone
 
 

@@ -9,6 +9,8 @@ from hotpath_pack.devtools import checkpoints
 from hotpath_pack.devtools.server import HostServer, Result
 from hotpath_pack.devtools.workflows import sampling
 
+TOLERANCE = 1e-4
+
 
 @dataclass
 class Live:

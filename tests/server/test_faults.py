@@ -5,9 +5,7 @@ import time
 import pytest
 from hotpath_pack.devtools.server import PromptFailed, PromptInterrupted
 from hotpath_pack.devtools.workflows import sampling
-from live import serve
-
-TOLERANCE = 1e-4
+from live import TOLERANCE, serve
 
 
 @pytest.fixture(scope="module")

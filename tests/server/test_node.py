@@ -4,9 +4,9 @@ import pytest
 import requests
 from hotpath_pack.devtools.server import PromptFailed
 from hotpath_pack.devtools.workflows import sampling
+from live import TOLERANCE
 
 EAGER = {"backend": "aot_eager"}
-TOLERANCE = 1e-4
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,6 @@
 """Compile Report, on the node and as a string."""
 
-TOLERANCE = 1e-4
+from live import TOLERANCE
 
 
 def report(live, **options):

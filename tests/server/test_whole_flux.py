@@ -1,6 +1,7 @@
 """The promise of the pack, through a live server: two graphs, no break, no recompile, and what eager gives."""
 
-TOLERANCE = 1e-4
+from live import TOLERANCE
+
 TWO_GRAPHS = {"graphs": 2, "breaks": 0, "recompiles": 0}
 
 RUNS = [
