@@ -47,7 +47,7 @@ class Comparison:
             "eager_blocks": self.report["eager"],
             "regions": len(regions),
             "graphs": sum(region["graphs"] for region in regions),
-            "graph_breaks": sum(region["breaks"] for region in regions),
+            "graph_breaks": sum(len(region["breaks"]) for region in regions),
             "recompiles": sum(len(region["recompiles"]) for region in regions),
             "compile_seconds": sum(region["seconds"] for region in regions),
             "first_run_seconds": self.cold,

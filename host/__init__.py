@@ -6,7 +6,7 @@ import re
 
 from comfyui_version import __version__
 
-OLDEST_HOST = "0.27.0"
+OLDEST_HOST = "0.24.0"
 
 
 def check_host(version: str) -> None:

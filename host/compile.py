@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from ..hotpath.attention import Attend, attention_scope
 from ..hotpath.compiled import CompileSettings, Region, RegionFailed, RegionStore, input_kinds
 from ..hotpath.preflight import compile_problems
+from ..hotpath.reasons import how_to_avoid
 from ..hotpath.selection import select_blocks
 from ..hotpath.template import BlockPlan, NotHoistable, plan_block
 from .flux import KINDS, SUPPORTED, BlockKind, attention_for, bind_for, region_inputs, token_dims
@@ -141,8 +142,7 @@ class CompiledBlocks:
             took = f"in {self.seconds:.1f} s" if self.seconds else "earlier"
             parts.append(f"{blocks} blocks run as {len(self.regions)} regions, compiled {took}")
         if self.recompiles:
-            times = "once" if len(self.recompiles) == 1 else f"{len(self.recompiles)} times"
-            parts.append(f"compiled again {times}: {self.recompiles[-1]}")
+            parts.append(f"compiled again: {', '.join(self.recompiles[-_FEW:])}{self._advice()}")
         for reason, names in self.eager.items():
             which = ", ".join(sorted(names)) if len(names) <= _FEW else f"{len(names)} blocks"
             parts.append(f"eager: {reason} ({which})")
@@ -228,12 +228,12 @@ class CompiledBlocks:
         kinds = input_kinds(inputs, shapes=self.settings.dynamic == "never")
         dtypes = tuple(weight.dtype for weight in weights.values())
         key = (plan.key, bind, self.settings, kinds, dtypes, torch.is_inference_mode_enabled())
-        region = REGIONS.get(key, lambda: Region(name, plan.template, bind, self.settings))
+        region = REGIONS.get(key, lambda: Region(name, plan.template, bind, self.settings, kind.streams))
         if region in self._failed:
             raise NotHoistable(self._failed[region])
-        spent, recompiles = region.stats.seconds, len(region.stats.recompiles)
+        first, spent, recompiles = not region.compiled, region.stats.seconds, len(region.stats.recompiles)
         try:
-            if not region.compiled:
+            if first:
                 self._check_machine(region, inputs[kind.activation].device)
                 self._announce(region)
             with nullcontext() if attend is None else attention_scope(attend):
@@ -242,11 +242,24 @@ class CompiledBlocks:
             # Trying again for each of the other blocks would fail as slowly each time.
             self._failed[region] = str(failure)
             raise
+        if first and self.settings.dynamic == "never" and any(known.name == name for known in self.regions):
+            self._note_recompile("another size")
+        for reason in region.stats.recompiles[recompiles:]:
+            self._note_recompile(reason)
         self.regions.setdefault(region)
         self.compiled[kind.name] += 1
         self.seconds += region.stats.seconds - spent
-        self.recompiles += [reason for reason in region.stats.recompiles[recompiles:] if reason not in self.recompiles]
         return out
+
+    def _note_recompile(self, reason: str) -> None:
+        if reason not in self.recompiles:
+            self.recompiles.append(reason)
+            log.warning("compiled again: %s%s", reason, self._advice())
+
+    def _advice(self) -> str:
+        """The settings that would have kept the model from compiling again, in brackets."""
+        advice = {how_to_avoid(reason, self.settings.dynamic) for reason in self.recompiles} - {""}
+        return f" ({'; '.join(sorted(advice))})" if advice else ""
 
     def _check_machine(self, region: Region, device: torch.device) -> None:
         """Say what is missing before a compiler is asked to work, whose own words are harder to act on."""

@@ -25,12 +25,13 @@ SUPPORTED = "Flux.1 (dev, schnell, Fill, Kontext and the like), Flux.2 and Chrom
 
 @dataclass(frozen=True)
 class BlockKind:
-    """A list of repeated blocks of the diffusion model."""
+    """A list of repeated blocks of the diffusion model; ``streams`` of their inputs have a token count of their own."""
 
     name: str
     attribute: str
     block: type[nn.Module]
     activation: str
+    streams: int
 
     @functools.cached_property
     def parameters(self) -> tuple[str, ...]:
@@ -52,8 +53,8 @@ class BlockKind:
 
 
 KINDS = (
-    BlockKind("double", "double_blocks", comfy.ldm.flux.layers.DoubleStreamBlock, "img"),
-    BlockKind("single", "single_blocks", comfy.ldm.flux.layers.SingleStreamBlock, "x"),
+    BlockKind("double", "double_blocks", comfy.ldm.flux.layers.DoubleStreamBlock, "img", 2),
+    BlockKind("single", "single_blocks", comfy.ldm.flux.layers.SingleStreamBlock, "x", 1),
 )
 
 

@@ -47,10 +47,14 @@ def describe(model: ModelPatcher) -> str:
     for region in blocks.regions:
         stats = region.stats
         lines.append(
-            f"{region.name} region: graphs {stats.graphs}, graph breaks {stats.breaks}, {stats.seconds:.1f} s "
-            f"({region.settings.backend}, {region.settings.mode})"
+            f"{region.name} region: graphs {stats.graphs}, graph breaks {len(stats.breaks)}, {stats.seconds:.1f} s, "
+            f"peak memory raised by {stats.peak_growth / 2**20:.0f} MiB ({region.settings.backend}, "
+            f"{region.settings.mode})"
         )
+        lines += [f"{region.name} region broke: {reason}" for reason in stats.breaks]
         lines += [f"{region.name} region compiled again: {reason}" for reason in stats.recompiles]
+        if stats.limit_reached:
+            lines.append(f"{region.name} region reached its limit of graphs; what needs another one runs eager")
     return "\n".join(lines)
 
 

@@ -14,17 +14,17 @@ import time
 import types
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._dynamo import config as dynamo_config
 from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
 from torch.func import functional_call
 
-from .counters import Counts, graphs_so_far, last_guard_failure
+from .counters import breaks_since, breaks_so_far, graphs_so_far, last_guard_failure, source_line
+from .limits import graph_limit
+from .memory import peak_bytes
 from .reasons import plain_reason
 
 log = logging.getLogger(__name__)
@@ -76,32 +76,53 @@ class CompileSettings:
                 "graph would copy whole at every replay. Choose 'default' or 'max-autotune-no-cudagraphs'."
             )
 
+    def graph_limit(self, streams: int) -> int:
+        """How many graphs a region may have before something must be wrong.
+
+        Expected are one for the first batch size (``auto``), one for any, and as Dynamo gives a dimension of size 1 a
+        graph of its own, one for each dynamic dimension that may be 1. Twice that, since graphs depend on switches
+        of the process too, such as TF32, which a node may turn.
+
+        Args:
+            streams: how many inputs have a token count of their own.
+        """
+        if self.dynamic == "never":
+            return 2
+        batches = 3 if self.dynamic == "auto" else 2
+        return 2 * batches * 2**streams
+
 
 @dataclass
 class RegionStats:
-    """What one region has cost so far. ``seconds`` is wall time of the calls that compiled; ``recompiles`` are the
-    reasons for all graphs after the first, in plain words."""
+    """What one region has cost so far.
+
+    ``seconds`` is wall time of the calls that compiled, and ``peak_growth`` how many bytes those calls raised the peak
+    memory of the device (on a CPU, of this process). ``breaks`` and ``recompiles`` are the reasons for graph breaks
+    and for all graphs after the first, in plain words.
+    """
 
     graphs: int = 0
-    breaks: int = 0
     seconds: float = 0.0
+    peak_growth: int = 0
+    limit_reached: bool = False
+    breaks: list[str] = field(default_factory=list)
     recompiles: list[str] = field(default_factory=list)
 
 
 class RegionFailed(RuntimeError):
     """A region could not be compiled. With fullgraph, nothing of it has run. The cause is the compiler's own error."""
 
-    def __init__(self, name: str, cause: Exception) -> None:
-        # What a backend raised says more than Dynamo's sentence around it.
-        error = getattr(cause, "inner_exception", cause)
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+    def __init__(self, name: str, reason: str) -> None:
         super().__init__(f"the {name} region could not be compiled: {reason}")
 
 
 class Region:
-    """One compiled function for all blocks that share a structure, settings and kind of inputs."""
+    """One compiled function for all blocks that share a structure, settings and kind of inputs.
 
-    def __init__(self, name: str, template: nn.Module, bind: Bind, settings: CompileSettings) -> None:
+    ``streams`` is how many inputs have a token count of their own.
+    """
+
+    def __init__(self, name: str, template: nn.Module, bind: Bind, settings: CompileSettings, streams: int = 1) -> None:
         self.name = name
         self.settings = settings
         self.stats = RegionStats()
@@ -120,10 +141,7 @@ class Region:
             fullgraph=settings.fullgraph,
             dynamic=False if settings.dynamic == "never" else None,
         )
-        # With fullgraph, Dynamo raises at its recompile limit; without, it would go on eager and say nothing.
-        self._scope: AbstractContextManager[Any] = (
-            nullcontext() if settings.fullgraph else dynamo_config.patch(fail_on_recompile_limit_hit=True)
-        )
+        self._limit = settings.graph_limit(streams)
 
     def __call__(
         self, weights: dict[str, Tensor], inputs: dict[str, Any], dynamic_dims: Mapping[str, Sequence[int]]
@@ -146,39 +164,40 @@ class Region:
             for tensor in tensors_in(inputs):
                 if tensor.ndim:
                     torch._dynamo.maybe_mark_dynamic(tensor, 0)
-        graphs = graphs_so_far()
-        if self.compiled:
-            started = time.perf_counter()
-            out = self._run(weights, inputs)
-            if graphs_so_far() != graphs:
-                self._recompiled(graphs_so_far() - graphs, time.perf_counter() - started)
-            return out
-        return self._first_call(weights, inputs)
-
-    def _first_call(self, weights: dict[str, Tensor], inputs: dict[str, Any]) -> Any:
-        before, started = Counts.now(), time.perf_counter()
+        first, graphs, breaks = not self.compiled, graphs_so_far(), breaks_so_far()
+        peak = peak_bytes(_device(inputs)) if first else 0
+        started = time.perf_counter()
         out = self._run(weights, inputs)
-        after = Counts.now()
-        self.stats.graphs += after.graphs - before.graphs
-        self.stats.breaks += after.breaks - before.breaks
-        self.stats.seconds += time.perf_counter() - started
-        self.compiled = True
-        log.info("%s region compiled in %.1f s (%s)", self.name, self.stats.seconds, self.settings.backend)
+        if first or graphs_so_far() != graphs:
+            seconds = time.perf_counter() - started
+            self.stats.seconds += seconds
+            self.stats.graphs += graphs_so_far() - graphs
+            self.stats.breaks += breaks_since(breaks)
+            if first:
+                self.stats.peak_growth = peak_bytes(_device(inputs)) - peak
+                self.compiled = True
+                log.info("%s region compiled in %.1f s (%s)", self.name, seconds, self.settings.backend)
+            else:
+                reason = plain_reason(last_guard_failure(self._code))
+                self.stats.recompiles.append(reason)
+                log.info("%s region compiled again in %.1f s: %s", self.name, seconds, reason)
         return out
 
     def _run(self, weights: dict[str, Tensor], inputs: dict[str, Any]) -> Any:
         try:
-            with self._scope:
+            with graph_limit(self._limit):
                 return self._compiled(weights, inputs)
-        except (TorchDynamoException, FailOnRecompileLimitHit) as error:
-            raise RegionFailed(self.name, error) from error
-
-    def _recompiled(self, graphs: int, seconds: float) -> None:
-        reason = plain_reason(last_guard_failure(self._code))
-        self.stats.graphs += graphs
-        self.stats.seconds += seconds
-        self.stats.recompiles.append(reason)
-        log.warning("%s region compiled again in %.1f s: %s", self.name, seconds, reason)
+        except FailOnRecompileLimitHit as error:
+            self.stats.limit_reached = True
+            reason = (
+                f"the limit of {self._limit} graphs was reached; last {plain_reason(last_guard_failure(self._code))}"
+            )
+            raise RegionFailed(self.name, reason) from error
+        except TorchDynamoException as error:
+            # What a backend raised says more than Dynamo's sentence around it.
+            inner = getattr(error, "inner_exception", error)
+            first_line = next(iter(str(inner).strip().splitlines()), type(inner).__name__)
+            raise RegionFailed(self.name, first_line + source_line(getattr(error, "real_stack", ()))) from error
 
 
 class RegionStore:
@@ -220,6 +239,10 @@ def tensors_in(value: Any) -> list[Tensor]:
     if isinstance(value, Tensor):
         return [value]
     return [tensor for item in _items(value) for tensor in tensors_in(item)]
+
+
+def _device(inputs: Mapping[str, Any]) -> torch.device:
+    return next(iter(tensors_in(inputs))).device
 
 
 def input_kinds(value: Any, shapes: bool) -> Hashable:

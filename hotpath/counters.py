@@ -2,27 +2,33 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from pathlib import Path
+from traceback import FrameSummary
 from types import CodeType
 
 from torch._dynamo import utils
 
 
-@dataclass(frozen=True)
-class Counts:
-    """Process-wide totals at one moment."""
-
-    graphs: int
-    breaks: int
-
-    @classmethod
-    def now(cls) -> Counts:
-        return cls(utils.counters["stats"]["unique_graphs"], sum(utils.counters["graph_break"].values()))
-
-
 def graphs_so_far() -> int:
     """Graphs compiled in this process: cheap enough to read around every call of a block."""
     return utils.counters["stats"]["unique_graphs"]
+
+
+def breaks_so_far() -> int:
+    """Graph breaks of this process."""
+    return len(utils.graph_break_reasons)
+
+
+def breaks_since(breaks: int) -> list[str]:
+    """Where and why graphs broke after the first ``breaks`` of this process."""
+    reasons = utils.graph_break_reasons[breaks:]
+    return [f"{reason.reason.splitlines()[0]}{source_line(reason.user_stack)}" for reason in reasons]
+
+
+def source_line(stack: Sequence[FrameSummary]) -> str:
+    """`` (layers.py:228)`` for the innermost frame of what was traced; empty when there is none."""
+    return f" ({Path(stack[-1].filename).name}:{stack[-1].lineno})" if stack else ""
 
 
 def last_guard_failure(code: CodeType) -> str:

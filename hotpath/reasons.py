@@ -17,3 +17,12 @@ def plain_reason(reason: str) -> str:
     if kind := _KIND.search(reason):
         return f"{kind[2]} of {kind[1]} changed"
     return reason.strip() or "unknown"
+
+
+def how_to_avoid(reason: str, dynamic: str) -> str:
+    """The setting that keeps a plain ``reason`` from compiling again; empty when none does."""
+    if dynamic == "auto" and reason.startswith("batch size changed"):
+        return "dynamic: 'always' compiles for any batch size at once"
+    if dynamic == "never":
+        return "dynamic: 'auto' compiles once for all sizes"
+    return ""

@@ -15,6 +15,9 @@ from hotpath_pack.hotpath.compiled import (
     input_kinds,
     tensors_in,
 )
+from hotpath_pack.hotpath.limits import graph_limit
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import nn
 
 SETTINGS = CompileSettings(backend="aot_eager")
@@ -41,8 +44,8 @@ def expected(w, x):
     return x + nn.functional.linear(x, w["linear.weight"], w["linear.bias"])
 
 
-def region(settings=SETTINGS, bind=lambda inputs: inputs):
-    return Region("double block", Block(), bind, settings)
+def region(options=SETTINGS, bind=lambda inputs: inputs):
+    return Region("double block", Block(), bind, options)
 
 
 def test_one_graph_for_any_weights_and_token_counts(one_compile_only):
@@ -52,7 +55,8 @@ def test_one_graph_for_any_weights_and_token_counts(one_compile_only):
         want = expected(w, x)
         torch.testing.assert_close(compiled(w, {"x": x}, DIMS), want)
         torch.testing.assert_close(x, want)  # the in-place update reaches the caller, as in eager
-    assert (compiled.stats.graphs, compiled.stats.breaks, compiled.stats.recompiles) == (1, 0, [])
+    assert (compiled.stats.graphs, compiled.stats.breaks, compiled.stats.recompiles) == (1, [], [])
+    assert compiled.stats.peak_growth >= 0
     assert compiled.stats.seconds > 0
 
 
@@ -122,24 +126,24 @@ def test_the_store_drops_the_least_recently_used():
 
 
 @pytest.mark.parametrize(
-    "settings, names",
+    "choice, names",
     [
         (dict(mode="fast"), "mode: 'fast' is unknown"),
         (dict(dynamic="maybe"), "dynamic: 'maybe' is unknown"),
         (dict(mode="max-autotune", backend="eager"), "mode: 'max-autotune' is a setting of the inductor backend"),
     ],
 )
-def test_settings_that_cannot_work_are_named(settings, names):
+def test_settings_that_cannot_work_are_named(choice, names):
     with pytest.raises(CompileSettingsError, match=names):
-        CompileSettings(**settings)
+        CompileSettings(**choice)
 
 
 @pytest.mark.parametrize("mode", ["reduce-overhead", "max-autotune"])
 def test_cuda_graph_modes_are_refused_where_they_would_copy_weights(mode):
-    settings = CompileSettings(mode=mode)
-    settings.check_device(torch.device("cpu"))
+    options = CompileSettings(mode=mode)
+    options.check_device(torch.device("cpu"))
     with pytest.raises(CompileSettingsError, match="copy whole at every replay. Choose 'default' or"):
-        settings.check_device(torch.device("cuda", 0))
+        options.check_device(torch.device("cuda", 0))
 
 
 def test_backends_offer_inductor_first_and_only_what_is_installed():
@@ -218,7 +222,7 @@ def test_what_cannot_be_one_graph_is_named_and_nothing_has_run():
 
     compiled = region(bind=breaking)
     x = torch.ones(1, 4, 8)
-    with pytest.raises(RegionFailed, match="the double block region could not be compiled: "):
+    with pytest.raises(RegionFailed, match="the double block region could not be compiled: .*test_compiled.py:"):
         compiled(weights(), {"x": x}, DIMS)
     assert torch.equal(x, torch.ones(1, 4, 8))
     assert not compiled.compiled
@@ -226,14 +230,50 @@ def test_what_cannot_be_one_graph_is_named_and_nothing_has_run():
 
 @pytest.mark.parametrize("fullgraph", [True, False])
 def test_a_recompile_limit_that_is_reached_is_an_error_not_a_silent_fall_to_eager(fullgraph):
-    compiled = region(dataclasses.replace(SETTINGS, fullgraph=fullgraph))
-    with torch._dynamo.config.patch(recompile_limit=1):
+    compiled = region(dataclasses.replace(SETTINGS, fullgraph=fullgraph, dynamic="never"))
+    before = torch._dynamo.config.recompile_limit
+    for tokens in (2, 3):
+        compiled(weights(), {"x": torch.randn(1, tokens, 8)}, DIMS)
+    said = "the double block region could not be compiled: the limit of 2 graphs was reached; last size 1 of x changed"
+    with pytest.raises(RegionFailed, match=said):
         compiled(weights(), {"x": torch.randn(1, 4, 8)}, DIMS)
-        with pytest.raises(RegionFailed, match="the double block region could not be compiled"):
-            compiled(weights(), {"x": torch.randn(2, 4, 8)}, DIMS)
+    assert compiled.stats.limit_reached
+    assert torch._dynamo.config.recompile_limit == before
 
 
-def test_without_fullgraph_breaks_are_counted_and_the_result_is_right():
+TWO_STREAMS = st.lists(st.tuples(*[st.sampled_from((1, 2, 3, 5))] * 3), min_size=1, max_size=12)
+
+
+@pytest.mark.parametrize("dynamic", ["auto", "always"])
+@given(shapes=TWO_STREAMS)
+@settings(max_examples=10)
+def test_no_order_of_batches_and_token_counts_reaches_the_limit(dynamic, shapes):
+    class Two(nn.Module):
+        def forward(self, x, y):
+            return torch.cat((x, y), 1) * 2
+
+    options = CompileSettings(backend="eager", dynamic=dynamic)
+    compiled = Region("two", Two(), lambda inputs: inputs, options, streams=2)
+    for batch, left, right in shapes:
+        inputs = {"x": torch.ones(batch, left, 8), "y": torch.ones(batch, right, 8)}
+        assert compiled({}, inputs, {"x": (1,), "y": (1,)}).shape == (batch, left + right, 8)
+    assert compiled.stats.graphs * 2 <= options.graph_limit(streams=2), compiled.stats.recompiles
+
+
+def test_overlapping_calls_hold_the_highest_limit_and_the_last_restores():
+    """As two GPUs' threads do, which end in any order."""
+    config, (low, high) = torch._dynamo.config, (graph_limit(12), graph_limit(24))
+    before = config.recompile_limit
+    low.__enter__()
+    high.__enter__()
+    assert (config.recompile_limit, config.fail_on_recompile_limit_hit) == (24, True)
+    low.__exit__(None, None, None)
+    assert (config.recompile_limit, config.fail_on_recompile_limit_hit) == (24, True)
+    high.__exit__(None, None, None)
+    assert (config.recompile_limit, config.fail_on_recompile_limit_hit) == (before, False)
+
+
+def test_without_fullgraph_breaks_are_named_with_their_line_and_the_result_is_right():
     def breaking(inputs):
         torch._dynamo.graph_break()
         return inputs
@@ -242,4 +282,6 @@ def test_without_fullgraph_breaks_are_counted_and_the_result_is_right():
     w, x = weights(), torch.randn(1, 4, 8)
     want = expected(w, x)
     torch.testing.assert_close(compiled(w, {"x": x}, DIMS), want)
-    assert compiled.stats.breaks > 0
+    line = breaking.__code__.co_firstlineno + 1
+    assert f"(test_compiled.py:{line})" in compiled.stats.breaks[0]
+    assert "graph_break" in compiled.stats.breaks[0]

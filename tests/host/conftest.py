@@ -11,6 +11,8 @@ HOST = os.environ.get("COMFYUI_PATH")
 if not HOST:
     pytest.exit("Set COMFYUI_PATH to a ComfyUI folder, or run `python dev.py test`, which does.", returncode=2)
 sys.path.insert(0, str(Path(HOST).resolve()))
+# As main.py does: the host's nodes.py puts comfy/ first on the path, whose utils.py would shadow this package.
+import utils.extra_config  # noqa: E402, F401
 from comfy.cli_args import args  # noqa: E402
 
 args.cpu = True

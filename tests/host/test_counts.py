@@ -56,21 +56,27 @@ def test_the_same_two_graphs_when_the_host_casts_weights_and_applies_the_lora_on
     assert (counting.graphs, counting.breaks) == (2, 0)
 
 
-def test_a_batch_costs_two_more_once_and_says_why(flux):
+def test_a_batch_costs_two_more_once_and_says_why(flux, caplog):
     fast = compiled(flux)
     for batch in (1, 2, 3, 4):
         assert_parity(flux, fast, batch=batch)
     for region in compiled_blocks(fast).regions:
         assert region.stats.graphs == 2
         assert region.stats.recompiles == ["batch size changed from 1 to 2"]
-    assert compiled_blocks(fast).summary().endswith("; compiled again once: batch size changed from 1 to 2")
+    said = "compiled again: batch size changed from 1 to 2 (dynamic: 'always' compiles for any batch size at once)"
+    assert compiled_blocks(fast).summary().endswith(said)
+    assert caplog.messages.count(said) == 1, "the user is told once"
 
 
 def test_never_dynamic_compiles_each_size_and_always_matches_eager(flux, regions):
     fast = compiled(flux, dynamic="never")
-    for run in (SIZES[0], SIZES[1], SIZES[0]):
+    assert_parity(flux, fast, **SIZES[0])
+    assert "compiled again" not in compiled_blocks(fast).summary()
+    for run in (SIZES[1], SIZES[0]):
         assert_parity(flux, fast, **run)
     assert [region.stats.graphs for region in regions] == [1, 1, 1, 1]
+    said = "; compiled again: another size (dynamic: 'auto' compiles once for all sizes)"
+    assert compiled_blocks(fast).summary().endswith(said)
     assert_parity(flux, compiled(flux, dynamic="always"), batch=2)
 
 

@@ -37,7 +37,7 @@ class Live:
         regions = self.server.report()["regions"]
         return {
             "graphs": sum(region["graphs"] for region in regions),
-            "breaks": sum(region["breaks"] for region in regions),
+            "breaks": sum(len(region["breaks"]) for region in regions),
             "recompiles": sum(len(region["recompiles"]) for region in regions),
         }
 
