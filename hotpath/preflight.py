@@ -29,7 +29,7 @@ def compile_problems(backend: str, device: torch.device) -> list[str]:
     if device.type == "cpu":
         problems.append(_cpp_problem())
     else:
-        problems.append(_triton_problem(sys.platform, has_triton_package()))
+        problems.append(_triton_problem(sys.platform, has_triton_package()) or _launch_problem())
     if device.type == "cuda" and torch.version.cuda is not None:
         problems.append(_capability_problem(torch.cuda.get_device_capability(device)))
     return [problem for problem in problems if problem is not None]
@@ -53,6 +53,22 @@ def _triton_problem(system: str, installed: bool) -> str | None:
     # Triton builds its launcher with the system's compiler; on Windows it brings its own.
     if system != "win32" and not any(map(shutil.which, (os.environ.get("CC", ""), "cc", "gcc", "clang"))):
         return "no C compiler was found, which Triton needs. Install gcc or clang, or set CC to the one you have"
+    return None
+
+
+def _launch_problem() -> str | None:
+    """Have Triton build and load its driver, as it would for the first kernel; it keeps the result."""
+    try:
+        from triton.runtime import driver
+
+        driver.active.get_current_target()
+    # Drivers of all makes raise what they like: for a missing Python.h, a wrong libcuda, no device.
+    except Exception as error:
+        what = next(iter(str(error).splitlines()), "no message")
+        return (
+            f"Triton can't launch kernels here ({type(error).__name__}: {what}). Update the GPU's driver, install "
+            "Python's headers (the package python3-dev) or reinstall Triton"
+        )
     return None
 
 

@@ -46,6 +46,17 @@ def test_triton_needs_a_c_compiler(monkeypatch):
     assert preflight._triton_problem("win32", installed=True) is None
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="Triton can launch here")
+def test_triton_that_cannot_launch():
+    problem = preflight._launch_problem()
+    assert problem.startswith("Triton can't launch kernels here (") and "install Python's headers" in problem
+
+
+@pytest.mark.gpu
+def test_triton_that_can():
+    assert preflight.compile_problems("inductor", torch.device("cuda")) == []
+
+
 def test_a_gpu_too_old_for_triton():
     assert "compute capability 7.0 or later and this one has 6.1" in preflight._capability_problem((6, 1))
     assert preflight._capability_problem((7, 0)) is None

@@ -11,7 +11,7 @@ import torch
 from comfy.model_patcher import ModelPatcher
 from comfy_api.torch_helpers import set_torch_compile_wrapper
 from hotpath_pack.devtools import checkpoints
-from hotpath_pack.host import check_host
+from hotpath_pack.host import check_version
 from sampling import Counting, Texts, assert_parity, compiled, compiled_blocks, load, sample
 
 
@@ -168,13 +168,13 @@ def test_a_model_without_such_blocks_is_named():
         compiled(model)
 
 
-@pytest.mark.parametrize("version, runs", [("0.26.9", False), ("0.27.0", True), ("1.0.0rc1", True)])
-def test_a_host_that_is_too_old_is_named(version, runs):
+@pytest.mark.parametrize("version, runs", [("2.6.0+cu124", False), ("2.7.1", True), ("2.10.0a0+git1", True)])
+def test_what_is_too_old_is_named(version, runs):
     if runs:
-        check_host(version)
+        check_version("PyTorch", version, "2.7.1")
     else:
-        with pytest.raises(ImportError, match=f"needs ComfyUI 0.27.0 or newer and this is {version}. Update ComfyUI"):
-            check_host(version)
+        with pytest.raises(ImportError, match=r"needs PyTorch 2.7.1 or newer and this is 2.6.0\+cu124. Update PyTorch"):
+            check_version("PyTorch", version, "2.7.1")
 
 
 def test_blocks_outside_the_model_are_named(flux):

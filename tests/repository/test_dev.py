@@ -1,6 +1,7 @@
 """dev.py: where it keeps things, what it refuses, and that half-made environments are never used."""
 
 import ast
+import dataclasses
 import errno
 import importlib.util
 import io
@@ -35,15 +36,14 @@ def test_the_cache_folder_follows_the_system(environ, system, folder):
     assert dev.cache_folder(environ, system, Path("/home/me")) == Path(folder)
 
 
-def test_the_environment_is_keyed_by_what_it_is_built_from(tmp_path, monkeypatch):
+def test_the_environment_is_keyed_by_what_it_is_built_from(tmp_path):
     requirements = tmp_path / "requirements.txt"
     requirements.write_text("pytest==1\n")
     key = dev.environment_key([requirements], HOST)
     assert dev.environment_key([requirements], HOST) == key
     requirements.write_text("pytest==2\n")
     changed = dev.environment_key([requirements], HOST)
-    monkeypatch.setattr(dev, "TORCH", ("torch==2.12.0",))
-    pins = dev.environment_key([requirements], HOST)
+    pins = dev.environment_key([requirements], dataclasses.replace(HOST, torch=("torch==2.12.0",)))
     assert len({key, changed, pins, dev.environment_key([requirements], dev.HOSTS[1])}) == 4
 
 
@@ -136,6 +136,38 @@ def test_a_failed_step_names_its_log(tmp_path):
         dev._step("Downloading", failing, log, lock, os.environ)
     assert str(failed.value).startswith("Downloading failed (ERROR: no such host). Is there a network?")
     assert str(log) in str(failed.value)
+
+
+def test_the_matrix_runs_each_setup_and_keeps_only_what_was_there(tmp_path, monkeypatch, capsys):
+    def make(environment, setup, folder, log, lock):
+        environment.python.parent.mkdir(parents=True)
+        made.append(setup.name)
+
+    def call(line, env):
+        ran.append((env["COMFYUI_PATH"], line[-1]))
+        return 1 if line[5].endswith("engine") else 0
+
+    made, ran = [], []
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(dev, "build", make)
+    monkeypatch.setattr(dev.subprocess, "call", call)
+    kept = tmp_path / dev.environment_key(dev.REQUIREMENTS, HOST)
+    kept.mkdir()
+    (kept / "complete").touch()
+    assert dev.run_matrix(["-q"], tmp_path) == 1
+    setups = (*dev.HOSTS, *dev.ENGINES)
+    assert made == [setup.name for setup in setups[1:]]
+    assert ran[0] == (str(kept / "ComfyUI"), "-q") and len(ran) == len(setups)
+    assert [path.parent for path in tmp_path.glob("*/")] == [tmp_path] and kept.exists()
+    lines = capsys.readouterr().out.splitlines()[-len(setups) :]
+    assert [line.rsplit("  ", 1)[-1].strip() for line in lines] == ["passed"] * 5 + ["FAILED (status 1)"] * 5
+    assert "refuses to load" in lines[4]
+
+
+def test_the_oldest_host_that_is_not_refused_is_the_one_that_the_pack_names():
+    text = (ROOT / "host" / "__init__.py").read_text(encoding="utf-8")
+    assert f'OLDEST_HOST = "{[setup.name for setup in dev.HOSTS if setup.tests is not dev.REFUSED][-1]}"' in text
+    assert f'OLDEST_TORCH = "{dev.ENGINES[-1].name.removeprefix("torch ")}"' in text
 
 
 def test_an_existing_comfyui_is_checked(tmp_path):
