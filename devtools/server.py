@@ -138,6 +138,11 @@ class HostServer:
         self._process: subprocess.Popen[bytes] | None = None
 
     @property
+    def pid(self) -> int | None:
+        """The host's process; None while it does not run."""
+        return None if self._process is None else self._process.pid
+
+    @property
     def diffusion_models(self) -> Path:
         return self.base / "models" / "diffusion_models"
 

@@ -25,6 +25,7 @@ from ..hotpath.reasons import how_to_avoid
 from ..hotpath.selection import select_blocks
 from ..hotpath.template import BlockPlan, NotHoistable, plan_block
 from .flux import KINDS, SUPPORTED, BlockKind, attention_for, bind_for, region_inputs, token_dims
+from .models import require_model
 from .progress import NodeText
 from .weights import block_weights, plain_layer
 
@@ -53,9 +54,10 @@ def compile_repeated_blocks(
     A later call on the result replaces the settings of an earlier one.
 
     Raises:
-        ValueError: the model has no repeated blocks, a block is outside it, nothing is selected, or the mode can't
-            work on the model's device.
+        ValueError: ``model`` is no MODEL or has no repeated blocks, a block is outside it, nothing is selected, or
+            the mode can't work on the model's device.
     """
+    require_model(model)
     diffusion_model = model.get_model_object("diffusion_model")
     counts = {kind.name: len(kind.blocks(diffusion_model)) for kind in KINDS}
     if not any(counts.values()):

@@ -12,6 +12,7 @@ from server import PromptServer
 
 from ..hotpath.compiled import Region
 from .compile import LATEST, REGIONS, WRAPPER_KEY
+from .models import require_model
 
 
 def report() -> dict[str, Any]:
@@ -36,7 +37,12 @@ def _region(region: Region) -> dict[str, Any]:
 
 
 def describe(model: ModelPatcher) -> str:
-    """The report on one MODEL, a line for each thing to know."""
+    """The report on one MODEL, a line for each thing to know.
+
+    Raises:
+        ValueError: it is no MODEL.
+    """
+    require_model(model)
     compiled = model.get_wrappers(WrappersMP.APPLY_MODEL, WRAPPER_KEY)
     if not compiled:
         return "This MODEL does not pass through Compile Repeated Blocks."

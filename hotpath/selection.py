@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-_RANGE = re.compile(r"([0-9]+)(?:\s*-\s*([0-9]+))?")
+_RANGE = re.compile(r"([0-9]{1,12})(?:\s*-\s*([0-9]{1,12}))?")
 # As much of a text that can't be read as an error repeats.
 _QUOTED = 40
 

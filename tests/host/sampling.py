@@ -42,8 +42,13 @@ def compiled_blocks(model):
     return wrapper
 
 
-def sample(model, width=64, height=64, tokens=16, batch=1, steps=2, seed=0, guidance=3.5, cfg=1.0, **cond):
-    """Latent of a short run; sizes in pixels, ``tokens`` of text, ``cond`` on the positive side alone."""
+def sample(
+    model, width=64, height=64, tokens=16, batch=1, steps=2, seed=0, guidance=3.5, cfg=1.0, condition=None, **cond
+):
+    """Latent of a short run; sizes in pixels, ``tokens`` of text, ``cond`` on the positive side alone.
+
+    ``condition`` changes the positive conditioning, as a node would.
+    """
     generator = torch.Generator().manual_seed(seed)
     diffusion = model.model.diffusion_model
     latent_format = model.model.latent_format
@@ -55,6 +60,8 @@ def sample(model, width=64, height=64, tokens=16, batch=1, steps=2, seed=0, guid
     if getattr(diffusion.params, "vec_in_dim", None):
         options["pooled_output"] = torch.randn(1, diffusion.params.vec_in_dim, generator=generator)
     positive, negative = [[text, {**options, **cond}]], [[text * 0.5, options]]
+    if condition is not None:
+        positive = condition(positive)
     with torch.inference_mode():
         return comfy.sample.sample(
             model,

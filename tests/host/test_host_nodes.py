@@ -1,11 +1,14 @@
 """The host's own nodes before and after Compile Repeated Blocks: what eager gives with each."""
 
+import comfy.clip_vision as clip_vision
 import comfy.controlnet
 import comfy.hooks
 import comfy.ldm.flux.controlnet
+import comfy.ldm.flux.redux as redux
 import comfy.ops
 import comfy.sd
 import comfy_extras.nodes_easycache as easycache
+import comfy_extras.nodes_freelunch as freelunch
 import comfy_extras.nodes_model_advanced as advanced
 import comfy_extras.nodes_model_merging as merging
 import comfy_extras.nodes_slg as slg
@@ -52,7 +55,24 @@ def function_wrapper(model):
     return wrapped
 
 
-CHANGES = [easy_cache, lazy_cache, model_sampling, rescale_cfg, skip_layer_guidance, function_wrapper]
+def free_u(model):
+    """The host's FreeU is for the U-Net and refuses Flux; packs bring its filter to blocks."""
+
+    def filtered(args, extra):
+        out = extra["original_block"](args)
+        side = int((out["img"].shape[1] // 4) ** 0.5) * 2
+        image = out["img"].transpose(1, 2).unflatten(2, (side, -1))
+        image = freelunch.Fourier_filter(image, threshold=1, scale=0.5)
+        return {**out, "img": image.flatten(2).transpose(1, 2)}
+
+    with pytest.raises(KeyError):
+        freelunch.FreeU.execute(model, 1.1, 1.2, 0.9, 0.2)
+    patched = model.clone()
+    patched.set_model_patch_replace(filtered, "dit", "double_block", 0)
+    return patched
+
+
+CHANGES = [easy_cache, lazy_cache, model_sampling, rescale_cfg, skip_layer_guidance, function_wrapper, free_u]
 
 
 @pytest.mark.parametrize("change", CHANGES)
@@ -63,6 +83,46 @@ def test_before_and_after_the_compile_node(flux, change):
     assert_parity(changed, compiled(changed), **run)
     assert_parity(changed, change(compiled(flux)), **run)
     assert_parity(flux, compiled(flux), **run)
+
+
+def style_model(flux, strength, kind):
+    """Redux with random weights, through the host's node: more text tokens, and for ``attn_bias`` a mask."""
+    encoder = redux.ReduxImageEncoder(32, flux.model.diffusion_model.params.context_in_dim)
+    generator = torch.Generator().manual_seed(3)
+    for weight in encoder.parameters():
+        torch.nn.init.normal_(weight, std=0.1, generator=generator)
+    seen = clip_vision.Output()
+    seen["last_hidden_state"] = torch.randn(1, 9, 32, generator=generator)
+    model = comfy.sd.StyleModel(encoder)
+    return lambda positive: host_nodes.StyleModelApply().apply_stylemodel(positive, model, seen, strength, kind)[0]
+
+
+def regional(positive):
+    """Two prompts, each where its mask says."""
+    mask = torch.zeros(1, 64, 64)
+    mask[:, :, :32] = 1
+    other = [[-positive[0][0], dict(positive[0][1])]]
+    (left,) = host_nodes.ConditioningSetMask().append(positive, mask, "default", 1.0)
+    (right,) = host_nodes.ConditioningSetMask().append(other, 1 - mask, "default", 0.8)
+    return host_nodes.ConditioningCombine().combine(left, right)[0]
+
+
+def areas(positive):
+    other = [[-positive[0][0], dict(positive[0][1])]]
+    (left,) = host_nodes.ConditioningSetAreaPercentage().append(positive, 0.5, 1.0, 0.0, 0.0, 1.0)
+    (right,) = host_nodes.ConditioningSetAreaPercentage().append(other, 0.5, 1.0, 0.5, 0.0, 1.0)
+    return host_nodes.ConditioningCombine().combine(left, right)[0]
+
+
+def test_regional_prompts_by_attention_mask_by_mask_and_by_area(flux):
+    plain, fast = sample(flux), compiled(flux)
+    weak, strong = (style_model(flux, strength, "attn_bias") for strength in (0.2, 2.0))
+    assert "attention_mask" in weak([[torch.zeros(1, 4, flux.model.diffusion_model.params.context_in_dim), {}]])[0][1]
+    assert (sample(flux, condition=weak) - sample(flux, condition=strong)).abs().max() > 1e-3
+    for condition in (weak, strong, style_model(flux, 1.0, "multiply"), regional, areas, weak):
+        assert (sample(flux, condition=condition) - plain).abs().max() > 1e-3
+        assert_parity(flux, fast, condition=condition)
+    assert_parity(flux, fast)
 
 
 def hook_lora(flux_weights, *keyframes):
