@@ -1,13 +1,16 @@
-"""dev.py bench: seconds per step eager and compiled, on one thread, over several rounds in turns."""
+"""dev.py bench: seconds per step eager and compiled, on one thread, over several rounds in turns; or a soak."""
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
 from statistics import median
 
-from devtools.cli import add_sampling_arguments, comfyui_folder, positive, print_table, run_tool, write_json
+from devtools.cli import Progress, add_sampling_arguments, comfyui_folder, positive, print_table, run_tool, write_json
 from devtools.measure import compare
+from devtools.soak import soak
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -16,7 +19,17 @@ def main(arguments: Sequence[str]) -> int:
     )
     add_sampling_arguments(parser)
     parser.add_argument("--rounds", type=positive, default=3, metavar="N", help="warm runs of each (default: 3)")
+    parser.add_argument(
+        "--soak",
+        type=positive,
+        nargs="?",
+        const=300,
+        metavar="N",
+        help="instead, N prompts of all kinds on one server (default: 300): images, graphs, memory and leaks",
+    )
     given = parser.parse_args(arguments)
+    if given.soak:
+        return run_soak(given.soak, given.json)
     comparison = compare(
         comfyui_folder(),
         given.model,
@@ -41,6 +54,28 @@ def main(arguments: Sequence[str]) -> int:
     if given.json:
         write_json(given.json, numbers)
     return 0
+
+
+def run_soak(prompts: int, json: Path | None) -> int:
+    progress = Progress()
+    progress.stage("Running prompts on one server")
+    seen = soak(comfyui_folder(), prompts, show=progress.detail)
+    progress.done()
+    print_table(
+        [
+            ("prompts, each eager and compiled", len(seen.rss)),
+            ("largest difference of latents", f"{seen.largest_difference:.1e}"),
+            (f"graphs after {seen.settled} and all prompts", f"{seen.graphs[seen.settled - 1]} and {seen.graphs[-1]}"),
+            (f"memory after {seen.settled} prompts", f"{seen.rss[seen.settled - 1] / 2**20:.0f} MiB"),
+            ("its largest growth after that", f"{seen.rss_growth:.1%}"),
+            ("models left after unloading", seen.models_left),
+        ]
+    )
+    for problem in seen.problems():
+        print(f"FAILED: {problem}")
+    if json:
+        write_json(json, asdict(seen))
+    return 1 if seen.problems() else 0
 
 
 def _spread(seconds: Sequence[float]) -> str:

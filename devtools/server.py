@@ -247,6 +247,13 @@ class HostServer:
         """Unload all models and drop cached outputs."""
         self._command("/free", {"unload_models": True, "free_memory": True})
 
+    def models_left(self, timeout: float = 30) -> int:
+        """How many models are in memory once the host, which unloads when it is idle, has had ``timeout`` seconds."""
+        deadline = time.monotonic() + timeout
+        while (count := self.get("/hotpath_dev/models")) and time.monotonic() < deadline:
+            time.sleep(0.5)
+        return count
+
     def interrupt(self) -> None:
         """Interrupt the prompt that runs."""
         self._command("/interrupt", {})

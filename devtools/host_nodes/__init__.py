@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
+from aiohttp import web
+from comfy.model_base import BaseModel
 from comfy.patcher_extension import CallbacksMP, WrappersMP
 from comfy_api.latest import ComfyExtension, io
+from server import PromptServer
 from torch import Tensor, nn
 
 
@@ -173,7 +177,18 @@ class HotPathDevPatch(io.ComfyNode):
         return io.NodeOutput(patched)
 
 
+def count_models() -> int:
+    """Models that are in memory, once what is only waiting for the collector is gone."""
+    gc.collect()
+    return sum(isinstance(thing, BaseModel) for thing in gc.get_objects())
+
+
 class HotPathDevExtension(ComfyExtension):
+    async def on_load(self) -> None:
+        @PromptServer.instance.routes.get("/hotpath_dev/models")
+        async def get_models(request: web.Request) -> web.Response:
+            return web.json_response(count_models())
+
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         return [HotPathDevConditioning, HotPathDevPatch]
 
