@@ -39,10 +39,11 @@ class FluxFile:
 class _Weights(dict[str, Tensor]):
     """A state dict that is filled layer by layer."""
 
-    def __init__(self, seed: int, dtype: torch.dtype) -> None:
+    def __init__(self, seed: int, dtype: torch.dtype, device: str = "cpu") -> None:
         super().__init__()
-        self._generator = torch.Generator().manual_seed(seed)
+        self._generator = torch.Generator(device).manual_seed(seed)
         self._dtype = dtype
+        self._device = device
 
     def linear(self, name: str, out_features: int, in_features: int, bias: bool = True, gain: float = 1) -> None:
         self[f"{name}.weight"] = self._random(out_features, in_features).mul_(gain / in_features**0.5)
@@ -87,7 +88,8 @@ class _Weights(dict[str, Tensor]):
 
     def _random(self, *shape: int) -> Tensor:
         """Uniform numbers of variance 1, which are four times as quick to draw as normal ones."""
-        return torch.empty(shape, dtype=self._dtype).uniform_(-(3**0.5), 3**0.5, generator=self._generator)
+        empty = torch.empty(shape, dtype=self._dtype, device=self._device)
+        return empty.uniform_(-(3**0.5), 3**0.5, generator=self._generator)
 
 
 def flux1(
@@ -101,9 +103,10 @@ def flux1(
     guidance: bool = True,
     seed: int = 0,
     dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
 ) -> dict[str, Tensor]:
     """Flux.1 dev; schnell without ``guidance``; Fill with ``in_features=384``."""
-    weights = _Weights(seed, dtype)
+    weights = _Weights(seed, dtype, device)
     weights.linear("img_in", hidden, in_features)
     weights.linear("txt_in", hidden, text_width)
     weights.embedder("time_in", hidden, 256)

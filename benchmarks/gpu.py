@@ -1,0 +1,218 @@
+"""A model of Flux.1-dev's shape on one GPU: eager, and each way to compile it, measured in turns in one run.
+
+    python -m benchmarks.gpu [--json FILE] [--profile FOLDER]
+
+Needs ``COMFYUI_PATH``; ``devtools.trimmed`` gathers a small one, with wheels, for a machine without a network.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._dynamo.utils import counters
+
+from devtools import gpu_host
+from devtools.checkpoints import flux1
+from devtools.cli import positive, run_tool, write_json
+
+GIB = 2**30
+TEXT_TOKENS = 512
+SIZES = ((1024, 1024), (768, 1344), (832, 1216))
+
+
+@dataclass
+class Side:
+    """One way to run the model. Times are in milliseconds, memory is of CUDA's allocator in GiB."""
+
+    name: str
+    model: Any
+    cold_seconds: float = 0.0
+    graphs: int = 0
+    graphs_after_sizes: int = 0
+    peak_while_compiling: float = 0.0
+    peak_steady: float = 0.0
+    difference: float = 0.0
+    steps: list[float] = field(default_factory=list)
+
+
+def main(arguments: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(prog="benchmarks.gpu", description=__doc__)
+    parser.add_argument("--blocks", type=positive, nargs=2, default=(19, 38), metavar=("DOUBLE", "SINGLE"))
+    parser.add_argument("--hidden", type=positive, default=3072, metavar="N")
+    parser.add_argument("--steps", type=positive, default=20, metavar="N", help="timed steps a side (default: 20)")
+    parser.add_argument("--resident", action="store_true", help="without the host's dynamic VRAM")
+    parser.add_argument("--sides", nargs="+", metavar="NAME", help="only these")
+    parser.add_argument("--profile", type=Path, metavar="FOLDER", help="also write each side's kernels there")
+    parser.add_argument("--json", type=Path, metavar="FILE")
+    given = parser.parse_args(arguments)
+    gpu_host.start(dynamic_vram=not given.resident)
+    logging.getLogger().setLevel(logging.WARNING)
+    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, CUDA {torch.version.cuda}")
+    ceilings = measure_ceilings()
+    print(", ".join(f"{name} {value:.0f}" for name, value in ceilings.items()), flush=True)
+    sides = [side for side in make_sides(given.blocks, given.hidden) if given.sides is None or side.name in given.sides]
+    measure(sides, given.steps)
+    print_sides(sides)
+    if given.profile:
+        given.profile.mkdir(parents=True, exist_ok=True)
+        for side in sides:
+            write_profile(side, given.profile / f"{side.name.replace(' ', '_')}.txt")
+    if given.json:
+        numbers = [{name: value for name, value in vars(side).items() if name != "model"} for side in sides]
+        write_json(given.json, {"device": torch.cuda.get_device_name(), "ceilings": ceilings, "sides": numbers})
+    return 0
+
+
+def make_sides(blocks: Sequence[int], hidden: int) -> list[Side]:
+    """The same weights eager and compiled in each way; the other ways work without dynamic VRAM alone."""
+    import comfy.sd
+    from comfy_api.torch_helpers import set_torch_compile_wrapper
+    from comfy_extras.nodes_torch_compile import TorchCompileModel, skip_torch_compile_dict
+    from hotpath_pack.host.compile import compile_repeated_blocks
+    from hotpath_pack.host.progress import NodeText
+    from hotpath_pack.hotpath.compiled import CompileSettings
+
+    double, single = blocks
+    text_width = 4096 if hidden == 3072 else 64
+    weights = flux1(
+        double, single, hidden=hidden, text_width=text_width, pooled_width=768, dtype=torch.bfloat16, device="cuda"
+    )
+    weights = {name: weight.cpu() for name, weight in weights.items()}
+    torch.cuda.empty_cache()
+    eager = comfy.sd.load_diffusion_model_state_dict(weights)
+
+    def ours(**settings: Any) -> Any:
+        return compile_repeated_blocks(eager, CompileSettings(**settings), "all", "all", "error", NodeText(None))
+
+    sides = [
+        Side("eager", eager),
+        Side("ours", ours()),
+        Side("ours max-autotune", ours(mode="max-autotune-no-cudagraphs")),
+    ]
+    if not eager.is_dynamic():
+        per_block = eager.clone()
+        keys = [f"diffusion_model.double_blocks.{index}" for index in range(double)]
+        keys += [f"diffusion_model.single_blocks.{index}" for index in range(single)]
+        options: Any = {"guard_filter_fn": skip_torch_compile_dict}
+        set_torch_compile_wrapper(per_block, backend="inductor", keys=keys, options=options)
+        sides.append(Side("per block", per_block))
+        sides.append(Side("whole model", TorchCompileModel.execute(eager, "inductor").args[0]))
+    return sides
+
+
+def run(model: Any, steps: int, size: tuple[int, int] = SIZES[0]) -> tuple[Tensor, list[float]]:
+    """A latent and the milliseconds of each call of the model, by CUDA events."""
+    import comfy.sample
+
+    width, height = size
+    generator = torch.Generator().manual_seed(0)
+    params = model.model.diffusion_model.params
+    noise = torch.randn(1, 16, height // 8, width // 8, generator=generator)
+    text = torch.randn(1, TEXT_TOKENS, params.context_in_dim, generator=generator)
+    pooled = torch.randn(1, params.vec_in_dim, generator=generator)
+    events = []
+
+    def timed(apply_model: Callable[..., Tensor], args: dict[str, Any]) -> Tensor:
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        out = apply_model(args["input"], args["timestep"], **args["c"])
+        end.record()
+        events.append((start, end))
+        return out
+
+    timed_model = model.clone()
+    timed_model.set_model_unet_function_wrapper(timed)
+    condition = [[text, {"guidance": 3.5, "pooled_output": pooled}]]
+    with torch.inference_mode():
+        latent = comfy.sample.sample(
+            timed_model, noise, steps, 1.0, "euler", "simple", condition, condition, noise * 0, disable_pbar=True
+        )
+    torch.cuda.synchronize()
+    return latent, [start.elapsed_time(end) for start, end in events]
+
+
+def measure(sides: Sequence[Side], steps: int) -> None:
+    want, _ = run(sides[0].model, 1)
+    rounds = 4
+    for side in sides:
+        run(sides[0].model, 1)
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        graphs, started = counters["stats"]["unique_graphs"], time.perf_counter()
+        latent, _ = run(side.model, 1)
+        side.cold_seconds = time.perf_counter() - started
+        side.peak_while_compiling = torch.cuda.max_memory_allocated() / GIB
+        side.graphs = counters["stats"]["unique_graphs"] - graphs
+        side.difference = ((latent - want).norm() / want.norm()).item()
+        print(f"{side.name}: first step {side.cold_seconds:.1f} s, {side.graphs} graphs", flush=True)
+    for _ in range(rounds):
+        for side in sides:
+            # The first step of a run may load weights.
+            torch.cuda.reset_peak_memory_stats()
+            side.steps += run(side.model, 1 + steps // rounds)[1][1:]
+            side.peak_steady = torch.cuda.max_memory_allocated() / GIB
+    for side in sides:
+        graphs = counters["stats"]["unique_graphs"]
+        for size in SIZES[1:]:
+            run(side.model, 1, size)
+        side.graphs_after_sizes = side.graphs + counters["stats"]["unique_graphs"] - graphs
+
+
+def measure_ceilings() -> dict[str, float]:
+    """What the machine can do at most: a large bf16 matrix product, and copies on the device and to it."""
+
+    def milliseconds(work: Callable[[], Any]) -> float:
+        times = []
+        for _ in range(13):
+            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            start.record()
+            work()
+            end.record()
+            end.synchronize()
+            times.append(start.elapsed_time(end))
+        return median(times[3:])
+
+    size = 8192
+    a, b = (torch.randn(size, size, dtype=torch.bfloat16, device="cuda") for _ in range(2))
+    source, target = (torch.empty(GIB, dtype=torch.uint8, device="cuda") for _ in range(2))
+    pinned = torch.empty(GIB, dtype=torch.uint8, pin_memory=True)
+    return {
+        "bf16 TFLOP/s": 2 * size**3 / milliseconds(lambda: a @ b) / 1e9,
+        "device copy GB/s": 2 * GIB / milliseconds(lambda: target.copy_(source)) / 1e6,
+        "host to device GB/s": GIB / milliseconds(lambda: target.copy_(pinned, non_blocking=True)) / 1e6,
+    }
+
+
+def print_sides(sides: Sequence[Side]) -> None:
+    header = "ms/step", "min", "max", "x eager", "cold s", "graphs", "+2 sizes", "peak 1st", "steady GiB", "rel. diff"
+    print(f"\n{'':<20}" + "".join(f"{name:>11}" for name in header))
+    base = median(sides[0].steps)
+    for side in sides:
+        middle = median(side.steps)
+        row = [f"{middle:.1f}", f"{min(side.steps):.1f}", f"{max(side.steps):.1f}", f"{base / middle:.2f}"]
+        row += [f"{side.cold_seconds:.1f}", str(side.graphs), str(side.graphs_after_sizes)]
+        row += [f"{side.peak_while_compiling:.1f}", f"{side.peak_steady:.1f}", f"{side.difference:.1e}"]
+        print(f"{side.name:<20}" + "".join(f"{value:>11}" for value in row))
+
+
+def write_profile(side: Side, path: Path) -> None:
+    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activities) as profiler:
+        run(side.model, 2)
+    averages = profiler.key_averages()
+    gpu = averages.table(sort_by="self_cuda_time_total", row_limit=30, max_name_column_width=100)
+    cpu = averages.table(sort_by="self_cpu_time_total", row_limit=25, max_name_column_width=60)
+    path.write_text(f"{gpu}\n\n{cpu}\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    run_tool(main)

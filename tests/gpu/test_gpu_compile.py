@@ -1,0 +1,69 @@
+"""On a CUDA device, with the host's dynamic VRAM: parity, counts, and memory while compiling."""
+
+import pytest
+import torch
+from hotpath_pack.devtools import checkpoints
+
+GIB = 2**30
+pytestmark = pytest.mark.gpu
+
+
+def load(blocks, dtype, **shape):
+    import comfy.sd
+
+    weights = checkpoints.flux1(*blocks, dtype=dtype, device="cuda", **shape)
+    model = comfy.sd.load_diffusion_model_state_dict({name: weight.cpu() for name, weight in weights.items()})
+    torch.cuda.empty_cache()
+    return model
+
+
+def compiled(model):
+    from hotpath_pack.host.compile import compile_repeated_blocks
+    from hotpath_pack.host.progress import NodeText
+    from hotpath_pack.hotpath.compiled import CompileSettings
+
+    return compile_repeated_blocks(model, CompileSettings(), "all", "all", "error", NodeText(None))
+
+
+def sample(model, size=256, tokens=32, batch=1, steps=2):
+    import comfy.sample
+
+    generator = torch.Generator().manual_seed(0)
+    params = model.model.diffusion_model.params
+    noise = torch.randn(batch, 16, size // 8, size // 8, generator=generator)
+    text = torch.randn(1, tokens, params.context_in_dim, generator=generator)
+    pooled = torch.randn(1, params.vec_in_dim, generator=generator)
+    condition = [[text, {"guidance": 3.5, "pooled_output": pooled}]]
+    with torch.inference_mode():
+        return comfy.sample.sample(
+            model, noise, steps, 1.0, "euler", "simple", condition, condition, noise * 0, seed=0, disable_pbar=True
+        )
+
+
+def test_two_graphs_whatever_the_size_and_what_eager_gives():
+    from hotpath_pack.hotpath.counters import breaks_so_far, graphs_so_far
+
+    model = load((2, 3), torch.float32)
+    fast, before = compiled(model), (graphs_so_far(), breaks_so_far())
+    for run in (dict(), dict(size=320), dict(tokens=77), dict(size=512, steps=4)):
+        want = sample(model, **run)
+        assert want.std() > 0.1
+        assert (sample(fast, **run) - want).abs().max() <= 1e-4
+    assert (graphs_so_far(), breaks_so_far()) == (before[0] + 2, before[1])
+
+
+def test_the_step_that_compiles_takes_a_block_more_than_an_eager_step():
+    hidden = 2048
+    model = load((4, 8), torch.bfloat16, hidden=hidden)
+    run = dict(size=1024, tokens=512, steps=1)
+    sample(model, **run)
+    peaks = []
+    for side in (model, compiled(model)):
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        sample(side, **run)
+        peaks.append(torch.cuda.max_memory_allocated())
+    weights = 36 * hidden**2 * 2
+    activations = (4096 + 512) * hidden * 12 * 2
+    assert peaks[1] <= peaks[0] + weights + activations, [f"{peak / GIB:.2f} GiB" for peak in peaks]
