@@ -18,6 +18,7 @@ from pathlib import Path
 from .cli import comfyui_folder, run_tool
 
 SOURCES = ("comfy", "comfy_api", "comfy_execution", "comfy_extras", "app", "utils", "middleware")
+TOKENIZERS = ("tokenizer.json", "vocab.json", "merges.txt", "*.model")
 WHEELS = ("comfy-kitchen", "comfy-aimdo", "torchsde", "trampoline", "simpleeval", "blake3")
 # The oldest first: pip matches these exactly.
 PLATFORMS = [f"manylinux_2_{minor}_x86_64" for minor in (17, 27, 28, 34, 35, 39)]
@@ -42,7 +43,7 @@ def main(arguments: Sequence[str]) -> int:
     for name in SOURCES:
         source = comfyui_folder() / name
         if source.is_dir():
-            shutil.copytree(source, host / name, ignore=shutil.ignore_patterns("__pycache__", "*_tokenizer"))
+            shutil.copytree(source, host / name, ignore=shutil.ignore_patterns("__pycache__", *TOKENIZERS))
     for script in comfyui_folder().glob("*.py"):
         if script.name != "server.py":
             shutil.copy2(script, host)

@@ -172,7 +172,9 @@ class Region:
             seconds = time.perf_counter() - started
             self.stats.seconds += seconds
             self.stats.graphs += graphs_so_far() - graphs
-            self.stats.breaks += breaks_since(breaks)
+            for broke in breaks_since(breaks):
+                self.stats.breaks.append(broke)
+                log.warning("%s region has a graph break: %s", self.name, broke)
             if first:
                 self.stats.peak_growth = peak_bytes(_device(inputs)) - peak
                 self.compiled = True

@@ -12,7 +12,9 @@ def load(blocks, dtype, **shape):
     import comfy.sd
 
     weights = checkpoints.flux1(*blocks, dtype=dtype, device="cuda", **shape)
-    model = comfy.sd.load_diffusion_model_state_dict({name: weight.cpu() for name, weight in weights.items()})
+    weights = {name: weight.cpu() for name, weight in weights.items()}
+    # The host would compute in bf16 by itself.
+    model = comfy.sd.load_diffusion_model_state_dict(weights, model_options={"dtype": dtype})
     torch.cuda.empty_cache()
     return model
 

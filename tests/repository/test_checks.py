@@ -74,6 +74,15 @@ def test_metadata_for_the_registry():
     assert metadata["project"]["version"] in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
 
 
+def test_the_pack_only_reads_over_http_and_opens_no_file_itself():
+    """What a client of the host could reach: no route that changes state, no file name that is opened."""
+    for folder in ("host", "nodes", "hotpath"):
+        for path in (ROOT / folder).rglob("*.py"):
+            text = path.read_text(encoding="utf-8")
+            assert not re.search(r"routes\.(?!get\b)\w+", text), path
+            assert not re.search(r"\bopen\(|\bread_(text|bytes)\(|\btorch\.load\(|\bpickle\b", text), path
+
+
 def test_every_node_has_a_literal_id_with_our_prefix_and_a_help_page():
     for path in (ROOT / "nodes").glob("[!_]*.py"):
         text = path.read_text(encoding="utf-8")
