@@ -177,6 +177,26 @@ def chroma(
     return dict(weights)
 
 
+def quantized(model: Mapping[str, Tensor], format: str, **conf: bool) -> dict[str, Tensor]:
+    """``model`` with the Linears of its blocks as the host stores ``float8_e4m3fn`` (one scale a weight) or
+    ``int8_tensorwise`` (one scale a row); ``conf`` goes into each layer's ``comfy_quant``."""
+    weights = dict(model)
+    for name, weight in model.items():
+        if not name.endswith(".weight") or weight.ndim != 2 or "_blocks." not in name:
+            continue
+        if format == "int8_tensorwise":
+            scale = weight.abs().amax(1, keepdim=True).float() / 127
+            weights[name] = (weight / scale).round().to(torch.int8)
+        else:
+            scale = weight.abs().amax().float() / torch.finfo(torch.float8_e4m3fn).max
+            weights[name] = (weight / scale).to(torch.float8_e4m3fn)
+        weights[f"{name}_scale"] = scale
+        text = json.dumps({"format": format, **conf})
+        layer = name.removesuffix(".weight")
+        weights[f"{layer}.comfy_quant"] = torch.tensor(list(text.encode()), dtype=torch.uint8)
+    return weights
+
+
 def lora(
     model: Mapping[str, Tensor], layers: Iterable[str] | None = None, *, rank: int = 4, seed: int = 1
 ) -> dict[str, Tensor]:

@@ -27,7 +27,7 @@ from ..hotpath.template import BlockPlan, NotHoistable, plan_block
 from .flux import KINDS, SUPPORTED, BlockKind, attention_for, bind_for, region_inputs, token_dims
 from .models import require_model
 from .progress import NodeText
-from .weights import block_weights, plain_layer
+from .weights import block_weights, layer_state, plain_layer
 
 log = logging.getLogger(__name__)
 
@@ -209,7 +209,7 @@ class CompiledBlocks:
                 return plan.layers(block)
             except NotHoistable:
                 del self._plans[block]
-        plan = self._plans[block] = plan_block(block, plain_layer)
+        plan = self._plans[block] = plan_block(block, plain_layer, layer_state)
         return plan.layers(block)
 
     def _plan(self, block: nn.Module) -> None:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from ..hotpath.compiled import plain_tensor
 from ..hotpath.template import NotHoistable
+from .quantized import format_in_use, quantized_layer, quantized_weights
 
 _CONTAINERS = (comfy.ldm.flux.layers.__name__, "torch.nn.modules")
 _MIXED_PRECISION_LINEAR = "mixed_precision_ops.<locals>.MixedPrecisionOps.Linear"
@@ -33,7 +34,9 @@ def plain_layer(module: Any) -> nn.Module | None:
     if not has_own_forward(kind):
         raise NotHoistable(f"the forward of {class_name(kind)} was replaced")
     if _is_mixed_precision_linear(kind):
-        return _linear(module)
+        if getattr(module, "pre_quant_scale", None) is not None:
+            raise NotHoistable(f"a layer smooths its activations before it computes in {module.quant_format}")
+        return _linear(module) if format_in_use(module) is None else quantized_layer(module)
     base = next((known for known in (nn.Linear, nn.LayerNorm, nn.RMSNorm) if issubclass(kind, known)), None)
     if base is None:
         if kind.__module__.startswith(_CONTAINERS):
@@ -47,6 +50,11 @@ def plain_layer(module: Any) -> nn.Module | None:
         affine, bias = module.elementwise_affine, module.bias is not None
         return nn.LayerNorm(module.normalized_shape, module.eps, affine, bias, device="meta")
     return nn.RMSNorm(module.normalized_shape, module.eps, module.elementwise_affine, device="meta")
+
+
+def layer_state(layer: Any) -> str | None:
+    """How ``layer`` computes now where that may change without it changing: a quantized format, or None."""
+    return format_in_use(layer) if _is_mixed_precision_linear(type(layer)) else None
 
 
 def class_name(kind: type) -> str:
@@ -68,14 +76,20 @@ def block_weights(layers: Sequence[tuple[str, nn.Module]], like: Tensor) -> Iter
     They are on ``like``'s device and, where the host casts, in its dtype, with all weight functions (LoRA in
     low VRAM mode, wrappers) applied. They stay valid until the block ends.
 
+    Quantized layers give their data and scales.
+
     Raises:
-        NotHoistable: a layer would quantize its activations, which a plain layer does not.
+        NotHoistable: the host would not use a quantized weight as it is kept.
     """
     dynamic = [layer for _, layer in layers if "_v" in layer.__dict__ and "_prefetch" not in layer.__dict__]
     with _faulted_in(dynamic, like.device) if dynamic and like.device.type != "cpu" else nullcontext():
         weights = {}
         for path, layer in layers:
-            weight, bias = _weight_and_bias(path, layer, like)
+            if layer_state(layer) is not None:
+                tensors = quantized_weights(layer, like)
+                weights.update({f"{path}.{name}": plain_tensor(tensor) for name, tensor in tensors.items()})
+                continue
+            weight, bias = _weight_and_bias(layer, like)
             if weight is not None:
                 weights[f"{path}.weight"] = plain_tensor(weight)
             if bias is not None:
@@ -100,14 +114,11 @@ def _faulted_in(layers: Sequence[nn.Module], device: torch.device) -> Iterator[N
         comfy.model_prefetch.PREFETCH_QUEUES.remove(queue)
 
 
-def _weight_and_bias(path: str, layer: Any, like: Tensor) -> tuple[Tensor | None, Tensor | None]:
+def _weight_and_bias(layer: Any, like: Tensor) -> tuple[Tensor | None, Tensor | None]:
     weight, bias = layer._parameters.get("weight"), layer._parameters.get("bias")
     if weight is None:
         return None, bias
-    mixed = _is_mixed_precision_linear(type(layer))
-    if mixed and (_quantizes(layer) or getattr(layer, "pre_quant_scale", None) is not None):
-        raise NotHoistable(f"{path} computes in {layer.quant_format} with quantized activations")
-    if not mixed and not _host_casts(layer):
+    if not _is_mixed_precision_linear(type(layer)) and not _host_casts(layer):
         return weight, bias
     weight, bias = comfy.ops.cast_bias_weight(layer, like)
     if isinstance(weight, comfy.quant_ops.QuantizedTensor):
@@ -118,17 +129,6 @@ def _weight_and_bias(path: str, layer: Any, like: Tensor) -> tuple[Tensor | None
 def _host_casts(layer: Any) -> bool:
     return isinstance(layer, comfy.ops.CastWeightBiasOp) and bool(
         layer.comfy_cast_weights or layer.weight_function or layer.bias_function
-    )
-
-
-def _quantizes(layer: Any) -> bool:
-    """Whether a mixed precision Linear takes its quantized path now; the host decides so at each call."""
-    return (
-        getattr(layer, "layout_type", None) is not None
-        and not layer._full_precision_mm
-        and not getattr(layer, "comfy_force_cast_weights", False)
-        and not layer.weight_function
-        and not layer.bias_function
     )
 
 

@@ -29,6 +29,9 @@ PlainLayer = Callable[[nn.Module], "nn.Module | None"]
 """Maps a module to its plain equivalent on the meta device, or to None for a container that holds only other
 modules and is copied as it is. Raises NotHoistable for a module whose maths it does not know."""
 
+LayerState = Callable[[nn.Module], Hashable]
+"""What may change about how a module computes while it stays the same; a plan holds as long as it is equal."""
+
 
 class _Place(NamedTuple):
     """A module of the block: where it hung when the template was made."""
@@ -39,6 +42,7 @@ class _Place(NamedTuple):
     module: weakref.ref[nn.Module]
     kind: type
     children: int
+    state: Hashable
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,6 +57,7 @@ class BlockPlan:
     key: int
     _layers: tuple[int, ...] = field(repr=False)
     _places: tuple[_Place, ...] = field(repr=False)
+    _state: LayerState = field(repr=False)
 
     def layers(self, block: nn.Module) -> list[tuple[str, nn.Module]]:
         """The layers of ``block`` that hold weights, by path.
@@ -61,13 +66,15 @@ class BlockPlan:
             NotHoistable: something was bolted onto the block, or swapped in it, since it was planned.
         """
         modules: list[nn.Module] = []
-        for path, parent, name, known, kind, children in self._places:
+        for path, parent, name, known, kind, children, state in self._places:
             module = modules[parent]._modules.get(name) if modules else block
             if module is None or module is not known() or type(module) is not kind:
                 raise NotHoistable(f"{path or 'the block'} was replaced")
             refuse_bolted_on(path, module)
             if len(module._modules) != children:
                 raise NotHoistable(f"{path or 'the block'} has other submodules")
+            if self._state(module) != state:
+                raise NotHoistable(f"{path or 'the block'} computes in another way now")
             modules.append(module)
         return [(self._places[index].path, modules[index]) for index in self._layers]
 
@@ -80,7 +87,7 @@ def refuse_bolted_on(path: str, module: nn.Module) -> None:
         raise NotHoistable(f"{path or 'the block'} ({type(module).__name__}) has an overridden forward")
 
 
-def plan_block(block: nn.Module, plain_layer: PlainLayer) -> BlockPlan:
+def plan_block(block: nn.Module, plain_layer: PlainLayer, layer_state: LayerState = lambda module: None) -> BlockPlan:
     """Build the template of ``block`` from its structure, without reading or copying a weight.
 
     Raises:
@@ -95,7 +102,8 @@ def plan_block(block: nn.Module, plain_layer: PlainLayer) -> BlockPlan:
         refuse_bolted_on(path, module)
         here = len(places)
         name = path.rpartition(".")[2]
-        places.append(_Place(path, parent, name, weakref.ref(module), type(module), len(module._modules)))
+        children = len(module._modules)
+        places.append(_Place(path, parent, name, weakref.ref(module), type(module), children, layer_state(module)))
         plain = plain_layer(module)
         if plain is not None:
             layers.append(here)
@@ -118,7 +126,7 @@ def plan_block(block: nn.Module, plain_layer: PlainLayer) -> BlockPlan:
 
     template = copy("", 0, block).eval().requires_grad_(False)
     number = _structures.setdefault(tuple(key), len(_structures))
-    return BlockPlan(template, number, tuple(layers), tuple(places))
+    return BlockPlan(template, number, tuple(layers), tuple(places), layer_state)
 
 
 def _is_plain(value: object) -> bool:
