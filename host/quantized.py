@@ -11,7 +11,6 @@ from typing import Any
 import comfy.ops
 import comfy.quant_ops
 import torch
-from comfy_kitchen import quantize_per_tensor_fp8
 from comfy_kitchen.backends.eager.quantization import DTYPE_TO_CODE
 from torch import Tensor, nn
 
@@ -19,6 +18,18 @@ from ..hotpath.template import NotHoistable
 
 _FP8 = {"float8_e4m3fn": torch.float8_e4m3fn, "float8_e5m2": torch.float8_e5m2}
 _INT8 = "int8_tensorwise"
+
+
+@torch.library.custom_op("hotpath::int8_linear", mutates_args=())
+def _int8_linear(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, rotate: bool, group: int) -> Tensor:
+    # comfy-kitchen's own operator gains arguments from one release to the next, and code that Inductor cached for one
+    # would be loaded for another.
+    return torch.ops.comfy_kitchen.int8_linear(x, weight, scale, bias, DTYPE_TO_CODE[x.dtype], rotate, group)
+
+
+@_int8_linear.register_fake
+def _(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, rotate: bool, group: int) -> Tensor:
+    return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
 
 class _Quantized(nn.Module):
@@ -58,7 +69,8 @@ class Fp8Linear(_Quantized):
         """(..., in) -> (..., out) in the dtype of ``x``."""
         rows = x.reshape(-1, x.shape[-1])
         scale = torch.ones((), dtype=torch.float32, device=x.device) if self.input_scale is None else self.input_scale
-        quantized = quantize_per_tensor_fp8(rows, scale, self.weight.dtype)
+        limit = torch.finfo(self.weight.dtype).max
+        quantized = (rows * (1.0 / scale).to(x.dtype)).clamp(-limit, limit).to(self.weight.dtype)
         # What the host's torch.nn.functional.scaled_mm does, which Dynamo can't trace.
         out = torch._scaled_mm(quantized, self.weight.t(), scale, self.weight_scale, self.bias, out_dtype=x.dtype)
         return out.reshape(*x.shape[:-1], self.shape[0])
@@ -80,10 +92,7 @@ class Int8Linear(_Quantized):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out) in the dtype of ``x``."""
-        code = DTYPE_TO_CODE[x.dtype]
-        return torch.ops.comfy_kitchen.int8_linear(
-            x.contiguous(), self.weight, self.weight_scale, self.bias, code, *self.rotation
-        )
+        return _int8_linear(x.contiguous(), self.weight, self.weight_scale, self.bias, *self.rotation)
 
 
 def format_in_use(layer: Any) -> str | None:

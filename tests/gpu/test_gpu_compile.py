@@ -8,13 +8,16 @@ GIB = 2**30
 pytestmark = pytest.mark.gpu
 
 
-def load(blocks, dtype, **shape):
+def load(blocks, dtype, quantized=None, **shape):
     import comfy.sd
 
     weights = checkpoints.flux1(*blocks, dtype=dtype, device="cuda", **shape)
+    if quantized is not None:
+        weights = checkpoints.quantized(weights, quantized)
     weights = {name: weight.cpu() for name, weight in weights.items()}
     # The host would compute in bf16 by itself.
-    model = comfy.sd.load_diffusion_model_state_dict(weights, model_options={"dtype": dtype})
+    with torch.inference_mode():
+        model = comfy.sd.load_diffusion_model_state_dict(weights, model_options={"dtype": dtype})
     torch.cuda.empty_cache()
     return model
 
@@ -52,6 +55,24 @@ def test_two_graphs_whatever_the_size_and_what_eager_gives():
         assert want.std() > 0.1
         assert (sample(fast, **run) - want).abs().max() <= 1e-4
     assert (graphs_so_far(), breaks_so_far()) == (before[0] + 2, before[1])
+
+
+@pytest.mark.parametrize("format", ["float8_e4m3fn", "int8_tensorwise"])
+def test_quantized_checkpoints_run_as_two_graphs_as_the_host_computes_them(format):
+    from hotpath_pack.hotpath.counters import breaks_so_far, graphs_so_far
+
+    run = dict(size=512, tokens=64)
+    plain = load((2, 3), torch.bfloat16)
+    want = sample(plain, **run)
+    rounding = (sample(compiled(plain), **run) - want).norm() / want.norm()
+    model = load((2, 3), torch.bfloat16, quantized=format)
+    eager, before = sample(model, **run), (graphs_so_far(), breaks_so_far())
+    fast = compiled(model)
+    for _ in range(2):
+        # What rounds to bf16 in another order now and then quantizes to the next step, which in fp8 is a sixteenth.
+        assert (sample(fast, **run) - eager).norm() / eager.norm() < 4 * rounding < 0.1
+    (wrapper,) = fast.get_wrappers("apply_model", "hotpath_compile")
+    assert wrapper.eager == {} and (graphs_so_far(), breaks_so_far()) == (before[0] + 2, before[1])
 
 
 def test_the_step_that_compiles_takes_a_block_more_than_an_eager_step():
