@@ -22,12 +22,12 @@ def load(blocks, dtype, quantized=None, **shape):
     return model
 
 
-def compiled(model):
+def compiled(model, **settings):
     from hotpath_pack.host.compile import compile_repeated_blocks
     from hotpath_pack.host.progress import NodeText
     from hotpath_pack.hotpath.compiled import CompileSettings
 
-    return compile_repeated_blocks(model, CompileSettings(), "all", "all", "error", NodeText(None))
+    return compile_repeated_blocks(model, CompileSettings(**settings), "all", "all", "error", NodeText(None))
 
 
 def sample(model, size=256, tokens=32, batch=1, steps=2):
@@ -70,9 +70,11 @@ def test_quantized_checkpoints_run_as_two_graphs_as_the_host_computes_them(forma
     fast = compiled(model)
     for _ in range(2):
         # What rounds to bf16 in another order now and then quantizes to the next step, which in fp8 is a sixteenth.
-        assert (sample(fast, **run) - eager).norm() / eager.norm() < 4 * rounding < 0.1
+        assert (sample(fast, **run) - eager).norm() / eager.norm() < 10 * rounding < 0.1
     (wrapper,) = fast.get_wrappers("apply_model", "hotpath_compile")
     assert wrapper.eager == {} and (graphs_so_far(), breaks_so_far()) == (before[0] + 2, before[1])
+    same_operations = sample(compiled(model, backend="eager"), **run)
+    assert (same_operations - eager).norm() / eager.norm() < rounding
 
 
 def test_the_step_that_compiles_takes_a_block_more_than_an_eager_step():
