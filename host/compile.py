@@ -6,7 +6,7 @@ import functools
 import logging
 import weakref
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
 from types import MappingProxyType
 from typing import Any
@@ -236,7 +236,7 @@ class CompiledBlocks:
         first, spent, recompiles = not region.compiled, region.stats.seconds, len(region.stats.recompiles)
         try:
             if first:
-                self._check_machine(region, inputs[kind.activation].device)
+                self._check_machine(region, inputs[kind.activation].device, dtypes)
                 self._announce(region)
             with nullcontext() if attend is None else attention_scope(attend):
                 out = region(weights, inputs, token_dims(inputs))
@@ -263,9 +263,9 @@ class CompiledBlocks:
         advice = {how_to_avoid(reason, self.settings.dynamic) for reason in self.recompiles} - {""}
         return f" ({'; '.join(sorted(advice))})" if advice else ""
 
-    def _check_machine(self, region: Region, device: torch.device) -> None:
+    def _check_machine(self, region: Region, device: torch.device, dtypes: Collection[torch.dtype]) -> None:
         """Say what is missing before a compiler is asked to work, whose own words are harder to act on."""
-        problems = compile_problems(self.settings.backend, device)
+        problems = compile_problems(self.settings.backend, device, dtypes)
         if problems:
             raise RegionFailed(region.name, "; ".join(problems))
 

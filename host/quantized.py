@@ -35,6 +35,10 @@ def _(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, rotate: boo
 class _Quantized(nn.Module):
     """Parameters on the meta device: ``weight`` (out, in) in the format's dtype, ``weight_scale``, ``bias`` (out,)."""
 
+    weight: nn.Parameter
+    weight_scale: nn.Parameter
+    bias: nn.Parameter | None
+
     def __init__(self, layer: Any, dtype: torch.dtype) -> None:
         super().__init__()
         self.shape = (layer.out_features, layer.in_features)
@@ -57,6 +61,8 @@ class Fp8Linear(_Quantized):
 
     One scale for the weight and one for the activations, as calibrated; without one it is 1, as in the host.
     """
+
+    input_scale: nn.Parameter | None
 
     def __init__(self, layer: Any) -> None:
         super().__init__(layer, _FP8[layer.quant_format])

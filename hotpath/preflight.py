@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import sys
+from collections.abc import Collection
 from pathlib import Path
 
 import torch
@@ -14,12 +15,18 @@ from torch.utils._triton import has_triton_package
 
 # Triton generates code for compute capability 7.0 (Volta) and later.
 _OLDEST_CUDA = (7, 0)
+# Ada (RTX 40) multiplies in fp8.
+_OLDEST_FP8 = (8, 9)
+_FP8 = frozenset({torch.float8_e4m3fn, torch.float8_e5m2})
 # Windows refuses paths of 260 characters; Inductor and Triton add up to 180 to their cache folder.
 _LONGEST_WINDOWS_CACHE = 80
 
 
-def compile_problems(backend: str, device: torch.device) -> list[str]:
-    """Why ``backend`` can't work for ``device`` in this process, each with the fix; empty when nothing is known."""
+def compile_problems(backend: str, device: torch.device, dtypes: Collection[torch.dtype] = ()) -> list[str]:
+    """Why ``backend`` can't work for ``device`` in this process, each with the fix; empty when nothing is known.
+
+    ``dtypes`` are those of the weights that enter a region.
+    """
     if torch._dynamo.config.disable:
         return ["torch.compile is switched off in this process. Start ComfyUI without TORCHDYNAMO_DISABLE"]
     if backend != "inductor":
@@ -31,7 +38,8 @@ def compile_problems(backend: str, device: torch.device) -> list[str]:
     else:
         problems.append(_triton_problem(sys.platform, has_triton_package()) or _launch_problem())
     if device.type == "cuda" and torch.version.cuda is not None:
-        problems.append(_capability_problem(torch.cuda.get_device_capability(device)))
+        capability = torch.cuda.get_device_capability(device)
+        problems += [_capability_problem(capability), _fp8_problem(capability, dtypes)]
     return [problem for problem in problems if problem is not None]
 
 
@@ -76,6 +84,17 @@ def _capability_problem(capability: tuple[int, int]) -> str | None:
     if capability < _OLDEST_CUDA:
         found = ".".join(map(str, capability))
         return f"Triton needs a GPU of compute capability 7.0 or later and this one has {found}. Bypass the node"
+    return None
+
+
+def _fp8_problem(capability: tuple[int, int], dtypes: Collection[torch.dtype]) -> str | None:
+    """A host may be told to take a card for one that multiplies in fp8."""
+    if capability < _OLDEST_FP8 and not _FP8.isdisjoint(dtypes):
+        found = ".".join(map(str, capability))
+        return (
+            f"fp8 products need a GPU of compute capability 8.9 or later and this one has {found}. Start ComfyUI "
+            "without --supports-fp8-compute, or use a checkpoint in bf16 or int8"
+        )
     return None
 
 

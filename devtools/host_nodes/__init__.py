@@ -14,6 +14,7 @@ from comfy.patcher_extension import CallbacksMP, WrappersMP
 from comfy_api.latest import ComfyExtension, io
 from server import PromptServer
 from torch import Tensor, nn
+from torch._dynamo import register_backend
 
 
 class HotPathDevConditioning(io.ComfyNode):
@@ -152,6 +153,18 @@ KINDS: dict[str, Callable[[Any, float], None]] = {
     "foreign_linear": while_it_runs(foreign_linear),
     "low_vram": low_vram,
 }
+
+
+def faulty_backend(graph: Any, inputs: Any, **options: Any) -> Any:
+    raise RuntimeError("no such kernel")
+
+
+def out_of_memory_backend(graph: Any, inputs: Any, **options: Any) -> Any:
+    raise torch.OutOfMemoryError("out of memory while autotuning")
+
+
+register_backend(faulty_backend, name="hotpath_dev_faulty")
+register_backend(out_of_memory_backend, name="hotpath_dev_out_of_memory")
 
 
 class HotPathDevPatch(io.ComfyNode):

@@ -62,6 +62,13 @@ def test_a_gpu_too_old_for_triton():
     assert preflight._capability_problem((7, 0)) is None
 
 
+def test_fp8_on_a_gpu_that_lacks_it():
+    problem = preflight._fp8_problem((8, 6), [torch.bfloat16, torch.float8_e4m3fn])
+    assert "compute capability 8.9 or later and this one has 8.6" in problem and "bf16 or int8" in problem
+    assert preflight._fp8_problem((8, 6), [torch.bfloat16]) is None
+    assert preflight._fp8_problem((8, 9), [torch.float8_e4m3fn]) is None
+
+
 @pytest.mark.parametrize(
     "dynamo, plain",
     [

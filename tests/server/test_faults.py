@@ -30,6 +30,22 @@ def test_or_it_ends_with_that_error_and_the_next_one_runs(without_compiler):
     assert without_compiler.difference(compiled={"backend": "aot_eager"}, steps=2) <= TOLERANCE
 
 
+@pytest.mark.parametrize(
+    "backend, says",
+    [("hotpath_dev_faulty", "no such kernel"), ("hotpath_dev_out_of_memory", "out of memory while autotuning")],
+)
+def test_a_backend_that_fails_and_one_that_runs_out_of_memory(small_flux, backend, says):
+    said = f"the double block region could not be compiled: {says}"
+    eager = small_flux.latent(steps=2)
+    result = small_flux.sample(compiled={"backend": backend, "on_failure": "eager"}, steps=2)
+    assert (small_flux.server.latent(result) - eager).abs().max() == 0
+    assert said in [text for node, text in result.texts if node == "compile"][-1]
+    assert said in small_flux.server.log_text()
+    with pytest.raises(PromptFailed, match=said):
+        small_flux.sample(compiled={"backend": backend, "on_failure": "error"}, steps=2)
+    assert small_flux.difference(compiled={"backend": "aot_eager"}, steps=2) <= TOLERANCE
+
+
 def test_an_interrupt_while_compiling_leaves_the_next_prompt_in_the_queue_alone(small_flux):
     server, queued = small_flux.server, []
 
