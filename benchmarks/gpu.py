@@ -8,7 +8,6 @@ Needs ``COMFYUI_PATH``; ``devtools.trimmed`` gathers a small one, with wheels, f
 from __future__ import annotations
 
 import argparse
-import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -18,11 +17,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._dynamo.utils import counters
 
 from devtools import gpu_host
-from devtools.checkpoints import flux1
 from devtools.cli import positive, run_tool, write_json
+from devtools.gpu_host import compiled, load, sample
 
 GIB = 2**30
 TEXT_TOKENS = 512
@@ -55,7 +53,6 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--json", type=Path, metavar="FILE")
     given = parser.parse_args(arguments)
     gpu_host.start(dynamic_vram=not given.resident)
-    logging.getLogger().setLevel(logging.WARNING)
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, CUDA {torch.version.cuda}")
     ceilings = measure_ceilings()
     print(", ".join(f"{name} {value:.0f}" for name, value in ceilings.items()), flush=True)
@@ -74,29 +71,16 @@ def main(arguments: Sequence[str]) -> int:
 
 def make_sides(blocks: Sequence[int], hidden: int) -> list[Side]:
     """The same weights eager and compiled in each way; the other ways work without dynamic VRAM alone."""
-    import comfy.sd
     from comfy_api.torch_helpers import set_torch_compile_wrapper
     from comfy_extras.nodes_torch_compile import TorchCompileModel, skip_torch_compile_dict
-    from hotpath_pack.host.compile import compile_repeated_blocks
-    from hotpath_pack.host.progress import NodeText
-    from hotpath_pack.hotpath.compiled import CompileSettings
 
     double, single = blocks
     text_width = 4096 if hidden == 3072 else 64
-    weights = flux1(
-        double, single, hidden=hidden, text_width=text_width, pooled_width=768, dtype=torch.bfloat16, device="cuda"
-    )
-    weights = {name: weight.cpu() for name, weight in weights.items()}
-    torch.cuda.empty_cache()
-    eager = comfy.sd.load_diffusion_model_state_dict(weights)
-
-    def ours(**settings: Any) -> Any:
-        return compile_repeated_blocks(eager, CompileSettings(**settings), "all", "all", "error", NodeText(None))
-
+    eager = load(double, single, torch.bfloat16, hidden=hidden, text_width=text_width, pooled_width=768)
     sides = [
         Side("eager", eager),
-        Side("ours", ours()),
-        Side("ours max-autotune", ours(mode="max-autotune-no-cudagraphs")),
+        Side("ours", compiled(eager)),
+        Side("ours max-autotune", compiled(eager, mode="max-autotune-no-cudagraphs")),
     ]
     if not eager.is_dynamic():
         per_block = eager.clone()
@@ -111,14 +95,6 @@ def make_sides(blocks: Sequence[int], hidden: int) -> list[Side]:
 
 def run(model: Any, steps: int, size: tuple[int, int] = SIZES[0]) -> tuple[Tensor, list[float]]:
     """A latent and the milliseconds of each call of the model, by CUDA events."""
-    import comfy.sample
-
-    width, height = size
-    generator = torch.Generator().manual_seed(0)
-    params = model.model.diffusion_model.params
-    noise = torch.randn(1, 16, height // 8, width // 8, generator=generator)
-    text = torch.randn(1, TEXT_TOKENS, params.context_in_dim, generator=generator)
-    pooled = torch.randn(1, params.vec_in_dim, generator=generator)
     events = []
 
     def timed(apply_model: Callable[..., Tensor], args: dict[str, Any]) -> Tensor:
@@ -131,27 +107,25 @@ def run(model: Any, steps: int, size: tuple[int, int] = SIZES[0]) -> tuple[Tenso
 
     timed_model = model.clone()
     timed_model.set_model_unet_function_wrapper(timed)
-    condition = [[text, {"guidance": 3.5, "pooled_output": pooled}]]
-    with torch.inference_mode():
-        latent = comfy.sample.sample(
-            timed_model, noise, steps, 1.0, "euler", "simple", condition, condition, noise * 0, disable_pbar=True
-        )
+    latent = sample(timed_model, size, TEXT_TOKENS, steps)
     torch.cuda.synchronize()
     return latent, [start.elapsed_time(end) for start, end in events]
 
 
 def measure(sides: Sequence[Side], steps: int) -> None:
+    from hotpath_pack.hotpath.counters import graphs_so_far
+
     want, _ = run(sides[0].model, 1)
     rounds = 4
     for side in sides:
         run(sides[0].model, 1)
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
-        graphs, started = counters["stats"]["unique_graphs"], time.perf_counter()
+        graphs, started = graphs_so_far(), time.perf_counter()
         latent, _ = run(side.model, 1)
         side.cold_seconds = time.perf_counter() - started
         side.peak_while_compiling = torch.cuda.max_memory_allocated() / GIB
-        side.graphs = counters["stats"]["unique_graphs"] - graphs
+        side.graphs = graphs_so_far() - graphs
         side.difference = ((latent - want).norm() / want.norm()).item()
         print(f"{side.name}: first step {side.cold_seconds:.1f} s, {side.graphs} graphs", flush=True)
     for _ in range(rounds):
@@ -161,10 +135,10 @@ def measure(sides: Sequence[Side], steps: int) -> None:
             side.steps += run(side.model, 1 + steps // rounds)[1][1:]
             side.peak_steady = torch.cuda.max_memory_allocated() / GIB
     for side in sides:
-        graphs = counters["stats"]["unique_graphs"]
+        graphs = graphs_so_far()
         for size in SIZES[1:]:
             run(side.model, 1, size)
-        side.graphs_after_sizes = side.graphs + counters["stats"]["unique_graphs"] - graphs
+        side.graphs_after_sizes = side.graphs + graphs_so_far() - graphs
 
 
 def measure_ceilings() -> dict[str, float]:

@@ -7,6 +7,12 @@ import os
 import sys
 import types
 from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .checkpoints import flux1, quantized
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -25,6 +31,7 @@ def start(dynamic_vram: bool = True) -> None:
     # As main.py does: the host's nodes.py puts comfy/ first on the path, whose utils.py would shadow this package.
     import utils.extra_config  # noqa: F401
 
+    logging.getLogger().setLevel(logging.WARNING)
     if not dynamic_vram:
         return
     import comfy_aimdo.control as aimdo
@@ -41,4 +48,44 @@ def start(dynamic_vram: bool = True) -> None:
     aimdo.set_log_error()
     comfy.model_patcher.CoreModelPatcher = comfy.model_patcher.ModelPatcherDynamic
     comfy.memory_management.aimdo_enabled = True
-    logging.getLogger().setLevel(logging.WARNING)
+
+
+def load(double: int, single: int, dtype: torch.dtype, format: str | None = None, **shape: Any) -> Any:
+    """A MODEL of a Flux.1 with random weights made on the GPU, computing in ``dtype``, quantized to ``format``."""
+    import comfy.sd
+
+    weights = flux1(double, single, dtype=dtype, device="cuda", **shape)
+    if format is not None:
+        weights = quantized(weights, format)
+    weights = {name: weight.cpu() for name, weight in weights.items()}
+    # As nodes do; and by itself the host would compute in bf16.
+    with torch.inference_mode():
+        model = comfy.sd.load_diffusion_model_state_dict(weights, model_options={"dtype": dtype})
+    torch.cuda.empty_cache()
+    return model
+
+
+def compiled(model: Any, **settings: Any) -> Any:
+    """``model`` as Compile Repeated Blocks with ``settings`` returns it; what can't be compiled is an error."""
+    from hotpath_pack.host.compile import compile_repeated_blocks
+    from hotpath_pack.host.progress import NodeText
+    from hotpath_pack.hotpath.compiled import CompileSettings
+
+    return compile_repeated_blocks(model, CompileSettings(**settings), "all", "all", "error", NodeText(None))
+
+
+def sample(model: Any, size: tuple[int, int] = (256, 256), tokens: int = 32, steps: int = 2) -> Tensor:
+    """A latent of one image of ``size`` pixels with ``tokens`` of random text, the same at each call."""
+    import comfy.sample
+
+    width, height = size
+    generator = torch.Generator().manual_seed(0)
+    params = model.model.diffusion_model.params
+    noise = torch.randn(1, 16, height // 8, width // 8, generator=generator)
+    text = torch.randn(1, tokens, params.context_in_dim, generator=generator)
+    pooled = torch.randn(1, params.vec_in_dim, generator=generator)
+    condition = [[text, {"guidance": 3.5, "pooled_output": pooled}]]
+    with torch.inference_mode():
+        return comfy.sample.sample(
+            model, noise, steps, 1.0, "euler", "simple", condition, condition, noise * 0, seed=0, disable_pbar=True
+        )

@@ -180,10 +180,13 @@ class Region:
                 self.compiled = True
                 log.info("%s region compiled in %.1f s (%s)", self.name, seconds, self.settings.backend)
             else:
-                reason = plain_reason(last_guard_failure(self._code))
+                reason = self._why_compiled_again()
                 self.stats.recompiles.append(reason)
                 log.info("%s region compiled again in %.1f s: %s", self.name, seconds, reason)
         return out
+
+    def _why_compiled_again(self) -> str:
+        return plain_reason(last_guard_failure(self._code))
 
     def _run(self, weights: dict[str, Tensor], inputs: dict[str, Any]) -> Any:
         try:
@@ -191,9 +194,7 @@ class Region:
                 return self._compiled(weights, inputs)
         except FailOnRecompileLimitHit as error:
             self.stats.limit_reached = True
-            reason = (
-                f"the limit of {self._limit} graphs was reached; last {plain_reason(last_guard_failure(self._code))}"
-            )
+            reason = f"the limit of {self._limit} graphs was reached; last {self._why_compiled_again()}"
             raise RegionFailed(self.name, reason) from error
         except TorchDynamoException as error:
             # What a backend raised says more than Dynamo's sentence around it.

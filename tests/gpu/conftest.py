@@ -13,9 +13,7 @@ if torch.cuda.is_available() and os.environ.get("COMFYUI_PATH"):
         gpu_host.start()
 
 
-def pytest_collection_modifyitems(items):
-    for item in items:
-        if "/gpu/" in item.nodeid or item.nodeid.startswith("gpu/"):
-            item.add_marker(pytest.mark.gpu)
-            if "comfy.cli_args" in sys.modules and sys.modules["comfy.cli_args"].args.cpu:
-                item.add_marker(pytest.mark.skip(reason="the host is on the CPU; run tests/gpu alone"))
+@pytest.fixture(autouse=True)
+def host_on_the_gpu():
+    if sys.modules["comfy.cli_args"].args.cpu:
+        pytest.skip("the host is on the CPU; run tests/gpu alone")

@@ -2,55 +2,17 @@
 
 import pytest
 import torch
-from hotpath_pack.devtools import checkpoints
+from hotpath_pack.devtools.gpu_host import compiled, load, sample
+from hotpath_pack.hotpath.counters import breaks_so_far, graphs_so_far
 
 GIB = 2**30
 pytestmark = pytest.mark.gpu
 
 
-def load(blocks, dtype, quantized=None, **shape):
-    import comfy.sd
-
-    weights = checkpoints.flux1(*blocks, dtype=dtype, device="cuda", **shape)
-    if quantized is not None:
-        weights = checkpoints.quantized(weights, quantized)
-    weights = {name: weight.cpu() for name, weight in weights.items()}
-    # The host would compute in bf16 by itself.
-    with torch.inference_mode():
-        model = comfy.sd.load_diffusion_model_state_dict(weights, model_options={"dtype": dtype})
-    torch.cuda.empty_cache()
-    return model
-
-
-def compiled(model, **settings):
-    from hotpath_pack.host.compile import compile_repeated_blocks
-    from hotpath_pack.host.progress import NodeText
-    from hotpath_pack.hotpath.compiled import CompileSettings
-
-    return compile_repeated_blocks(model, CompileSettings(**settings), "all", "all", "error", NodeText(None))
-
-
-def sample(model, size=256, tokens=32, batch=1, steps=2):
-    import comfy.sample
-
-    generator = torch.Generator().manual_seed(0)
-    params = model.model.diffusion_model.params
-    noise = torch.randn(batch, 16, size // 8, size // 8, generator=generator)
-    text = torch.randn(1, tokens, params.context_in_dim, generator=generator)
-    pooled = torch.randn(1, params.vec_in_dim, generator=generator)
-    condition = [[text, {"guidance": 3.5, "pooled_output": pooled}]]
-    with torch.inference_mode():
-        return comfy.sample.sample(
-            model, noise, steps, 1.0, "euler", "simple", condition, condition, noise * 0, seed=0, disable_pbar=True
-        )
-
-
 def test_two_graphs_whatever_the_size_and_what_eager_gives():
-    from hotpath_pack.hotpath.counters import breaks_so_far, graphs_so_far
-
-    model = load((2, 3), torch.float32)
+    model = load(2, 3, torch.float32)
     fast, before = compiled(model), (graphs_so_far(), breaks_so_far())
-    for run in (dict(), dict(size=320), dict(tokens=77), dict(size=512, steps=4)):
+    for run in (dict(), dict(size=(320, 320)), dict(tokens=77), dict(size=(512, 512), steps=4)):
         want = sample(model, **run)
         assert want.std() > 0.1
         assert (sample(fast, **run) - want).abs().max() <= 1e-4
@@ -59,13 +21,11 @@ def test_two_graphs_whatever_the_size_and_what_eager_gives():
 
 @pytest.mark.parametrize("format", ["float8_e4m3fn", "int8_tensorwise"])
 def test_quantized_checkpoints_run_as_two_graphs_as_the_host_computes_them(format):
-    from hotpath_pack.hotpath.counters import breaks_so_far, graphs_so_far
-
-    run = dict(size=512, tokens=64)
-    plain = load((2, 3), torch.bfloat16)
+    run = dict(size=(512, 512), tokens=64)
+    plain = load(2, 3, torch.bfloat16)
     want = sample(plain, **run)
     rounding = (sample(compiled(plain), **run) - want).norm() / want.norm()
-    model = load((2, 3), torch.bfloat16, quantized=format)
+    model = load(2, 3, torch.bfloat16, format)
     eager, before = sample(model, **run), (graphs_so_far(), breaks_so_far())
     fast = compiled(model)
     for _ in range(2):
@@ -79,8 +39,8 @@ def test_quantized_checkpoints_run_as_two_graphs_as_the_host_computes_them(forma
 
 def test_the_step_that_compiles_takes_a_block_more_than_an_eager_step():
     hidden = 2048
-    model = load((4, 8), torch.bfloat16, hidden=hidden)
-    run = dict(size=1024, tokens=512, steps=1)
+    model = load(4, 8, torch.bfloat16, hidden=hidden)
+    run = dict(size=(1024, 1024), tokens=512, steps=1)
     sample(model, **run)
     peaks = []
     for side in (model, compiled(model)):
