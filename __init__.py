@@ -5,6 +5,7 @@ from comfy_api.latest import ComfyExtension, io
 from .host import report
 from .nodes.compile_repeated_blocks import CompileRepeatedBlocks
 from .nodes.compile_report import CompileReport
+from .nodes.quantize_repeated_blocks import QuantizeRepeatedBlocks
 
 WEB_DIRECTORY = "./js"
 
@@ -14,7 +15,7 @@ class HotPathExtension(ComfyExtension):
         report.add_route()
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
-        return [CompileRepeatedBlocks, CompileReport]
+        return [CompileRepeatedBlocks, QuantizeRepeatedBlocks, CompileReport]
 
 
 async def comfy_entrypoint() -> HotPathExtension:

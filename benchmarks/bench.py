@@ -1,4 +1,4 @@
-"""dev.py bench: seconds per step eager and compiled, on one thread, over several rounds in turns; or a soak."""
+"""dev.py bench: seconds per step eager and compiled, on one thread, in turns; a soak; or the quality of formats."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from statistics import median
 
+from benchmarks.quantize import numbers, qualities, rows
 from devtools.cli import Progress, add_sampling_arguments, comfyui_folder, positive, print_table, run_tool, write_json
 from devtools.measure import compare
 from devtools.soak import soak
@@ -27,9 +28,14 @@ def main(arguments: Sequence[str]) -> int:
         metavar="N",
         help="instead, N prompts of all kinds on one server (default: 300): images, graphs, memory and leaks",
     )
+    parser.add_argument(
+        "--quantize", action="store_true", help="instead, size and signal-to-noise ratio of each format"
+    )
     given = parser.parse_args(arguments)
     if given.soak:
         return run_soak(given.soak, given.json)
+    if given.quantize:
+        return run_quantize(given.size or (128, 128), given.json)
     comparison = compare(
         comfyui_folder(),
         given.model,
@@ -76,6 +82,18 @@ def run_soak(prompts: int, json: Path | None) -> int:
     if json:
         write_json(json, asdict(seen))
     return 1 if seen.problems() else 0
+
+
+def run_quantize(size: tuple[int, int], json: Path | None) -> int:
+    progress = Progress()
+    progress.stage("Quantizing a tiny Flux.1 of 19 double and 38 single blocks")
+    measured = qualities(comfyui_folder(), size, progress.detail)
+    progress.done()
+    print(f"Signal-to-noise ratio against full precision, {size[0]}x{size[1]}\n")
+    print_table(rows(measured))
+    if json:
+        write_json(json, numbers(measured))
+    return 0
 
 
 def _spread(seconds: Sequence[float]) -> str:

@@ -10,6 +10,7 @@ from statistics import median
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from .checkpoints import FluxFile, describe, flux1, save
 from .cli import Progress
@@ -90,6 +91,11 @@ def compare(
             progress.done()
             if out is not None:
                 shutil.copy(server.log, out)
+
+
+def snr(want: Tensor, got: Tensor) -> float:
+    """Signal-to-noise ratio of ``got`` in dB."""
+    return (10 * torch.log10(want.pow(2).sum() / (want - got).pow(2).sum())).item()
 
 
 def _compare(

@@ -24,7 +24,7 @@ from ..hotpath.preflight import compile_problems
 from ..hotpath.reasons import how_to_avoid
 from ..hotpath.selection import select_blocks
 from ..hotpath.template import BlockPlan, NotHoistable, plan_block
-from .flux import KINDS, SUPPORTED, BlockKind, attention_for, bind_for, region_inputs, token_dims
+from .flux import KINDS, BlockKind, attention_for, bind_for, region_inputs, require_blocks, token_dims
 from .models import require_model
 from .progress import NodeText
 from .weights import block_weights, layer_state, plain_layer
@@ -58,13 +58,8 @@ def compile_repeated_blocks(
             the mode can't work on the model's device.
     """
     require_model(model)
-    diffusion_model = model.get_model_object("diffusion_model")
+    diffusion_model = require_blocks(model, "compile")
     counts = {kind.name: len(kind.blocks(diffusion_model)) for kind in KINDS}
-    if not any(counts.values()):
-        raise ValueError(
-            f"model: {type(model.model).__name__} ({type(diffusion_model).__name__}) has no repeated double-stream or "
-            f"single-stream blocks to compile. Supported are {SUPPORTED}."
-        )
     selection = {"double": double_blocks, "single": single_blocks}
     selected = [select_blocks(f"{name}_blocks", selection[name], count) for name, count in counts.items()]
     if not any(selected):

@@ -11,6 +11,7 @@ from typing import Any
 import comfy.ldm.flux.layers
 import comfy.ldm.flux.math
 import comfy.ldm.modules.attention
+from comfy.model_patcher import ModelPatcher
 from torch import Tensor, nn
 
 from ..hotpath.attention import Attend, opaque_attention
@@ -56,6 +57,17 @@ KINDS = (
     BlockKind("double", "double_blocks", comfy.ldm.flux.layers.DoubleStreamBlock, "img", 2),
     BlockKind("single", "single_blocks", comfy.ldm.flux.layers.SingleStreamBlock, "x", 1),
 )
+
+
+def require_blocks(model: ModelPatcher, verb: str) -> nn.Module:
+    """The diffusion model of ``model``. Raise ValueError when it has no repeated blocks to ``verb``."""
+    diffusion_model = model.get_model_object("diffusion_model")
+    if not any(kind.blocks(diffusion_model) for kind in KINDS):
+        raise ValueError(
+            f"model: {type(model.model).__name__} ({type(diffusion_model).__name__}) has no repeated double-stream or "
+            f"single-stream blocks to {verb}. Supported are {SUPPORTED}."
+        )
+    return diffusion_model
 
 
 def token_dims(inputs: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:

@@ -1,7 +1,7 @@
-"""The host's quantized layers as they compute: on plain tensors, in the host's own operations, so traceable.
+"""The host's quantized layers as they compute, on plain tensors and so traceable.
 
-What each does is what comfy-kitchen's layouts do with the host's ``QuantizedTensor``, which Dynamo can't take as a
-parameter: data and scales enter a region as tensors of their own.
+What each does is what its layout does with the host's ``QuantizedTensor``, which Dynamo can't take as a parameter: data
+and scales enter a region as tensors of their own.
 """
 
 from __future__ import annotations
@@ -11,20 +11,33 @@ from typing import Any
 import comfy.ops
 import comfy.quant_ops
 import torch
-from comfy_kitchen.backends.eager.quantization import DTYPE_TO_CODE
+from comfy_kitchen.backends.eager import quantization as kitchen
 from torch import Tensor, nn
 
+from ..hotpath.rowwise import FP8, fp8_product, fp8_rows, fp8_scales, int8_rows
 from ..hotpath.template import NotHoistable
+from .formats import FP8_ROWWISE, INT8_WEIGHT_ONLY
 
 _FP8 = {"float8_e4m3fn": torch.float8_e4m3fn, "float8_e5m2": torch.float8_e5m2}
 _INT8 = "int8_tensorwise"
+
+
+@torch.library.custom_op("hotpath::int8_product", mutates_args=())
+def _int8_product(rows: Tensor, weight: Tensor) -> Tensor:
+    # PyTorch's own refuses few rows on CUDA, which a guard in the region would have to tell apart.
+    return kitchen.mm_int8(rows, weight.t())
+
+
+@_int8_product.register_fake
+def _(rows: Tensor, weight: Tensor) -> Tensor:
+    return rows.new_empty((rows.shape[0], weight.shape[0]), dtype=torch.int32)
 
 
 @torch.library.custom_op("hotpath::int8_linear", mutates_args=())
 def _int8_linear(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, rotate: bool, group: int) -> Tensor:
     # comfy-kitchen's own operator gains arguments from one release to the next, and code that Inductor cached for one
     # would be loaded for another.
-    return torch.ops.comfy_kitchen.int8_linear(x, weight, scale, bias, DTYPE_TO_CODE[x.dtype], rotate, group)
+    return torch.ops.comfy_kitchen.int8_linear(x, weight, scale, bias, kitchen.DTYPE_TO_CODE[x.dtype], rotate, group)
 
 
 @_int8_linear.register_fake
@@ -82,6 +95,20 @@ class Fp8Linear(_Quantized):
         return out.reshape(*x.shape[:-1], self.shape[0])
 
 
+class Fp8RowwiseLinear(_Quantized):
+    """``hotpath.rowwise``: ``weight_scale`` (out, 1) for each row, and one made for each token."""
+
+    def __init__(self, layer: Any) -> None:
+        super().__init__(layer, FP8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., in) -> (..., out) in the dtype of ``x``."""
+        rows = x.reshape(-1, x.shape[-1])
+        scales = fp8_scales(rows)
+        out = fp8_product(fp8_rows(rows, scales), scales, self.weight, self.weight_scale, self.bias, x.dtype)
+        return out.reshape(*x.shape[:-1], self.shape[0])
+
+
 class Int8Linear(_Quantized):
     """``y = (q(x) @ w.T) * row_scale * weight_scale + bias`` with ``q(x) = int8(x / row_scale)``.
 
@@ -90,39 +117,81 @@ class Int8Linear(_Quantized):
 
     def __init__(self, layer: Any) -> None:
         super().__init__(layer, torch.int8)
-        params = layer.weight.params
-        self.rotation = (params.convrot, params.convrot_groupsize)
-
-    def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, rotation {self.rotation}"
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out) in the dtype of ``x``."""
-        return _int8_linear(x.contiguous(), self.weight, self.weight_scale, self.bias, *self.rotation)
+        rows, scales = int8_rows(x.reshape(-1, x.shape[-1]))
+        product = _int8_product(rows, self.weight).float()
+        out = (product * (scales * self.weight_scale.reshape(1, -1))).to(x.dtype)
+        if self.bias is not None:
+            out = out + self.bias.to(x.dtype)
+        return out.reshape(*x.shape[:-1], self.shape[0])
+
+
+class RotatedInt8Linear(_Quantized):
+    """As ``Int8Linear``, with weight and activations rotated by Hadamard matrices of ``group`` columns."""
+
+    def __init__(self, layer: Any) -> None:
+        super().__init__(layer, torch.int8)
+        self.group = layer.weight.params.convrot_groupsize
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, group {self.group}"
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., in) -> (..., out) in the dtype of ``x``."""
+        return _int8_linear(x.contiguous(), self.weight, self.weight_scale, self.bias, True, self.group)
+
+
+class WeightOnlyLinear(_Quantized):
+    """``y = x @ (w * weight_scale).T + bias``, the product in the dtype of ``x``."""
+
+    def __init__(self, layer: Any) -> None:
+        super().__init__(layer, layer.weight._qdata.dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., in) -> (..., out) in the dtype of ``x``."""
+        if self.weight.dtype == torch.int8:
+            weight = (self.weight.float() * self.weight_scale).to(x.dtype)
+        else:
+            weight = self.weight.to(x.dtype) * self.weight_scale.to(x.dtype)
+        return nn.functional.linear(x, weight, self.bias)
 
 
 def format_in_use(layer: Any) -> str | None:
-    """The format that a mixed precision Linear multiplies in now; the host decides so at each call."""
-    quantizes = (
-        getattr(layer, "layout_type", None) is not None
-        and not layer._full_precision_mm
-        and not getattr(layer, "comfy_force_cast_weights", False)
-        and not layer.weight_function
-        and not layer.bias_function
-    )
-    return layer.quant_format if quantizes else None
+    """What a mixed precision Linear computes with now, which the host decides at each call: the format that it
+    multiplies in, that format and ``weights`` where it multiplies by the dequantized weight, or None for a weight that
+    is not quantized or has functions (LoRA) to go through.
+    """
+    if getattr(layer, "layout_type", None) is None or layer.weight_function or layer.bias_function:
+        return None
+    if not layer._full_precision_mm and not getattr(layer, "comfy_force_cast_weights", False):
+        return layer.quant_format
+    patched = any(getattr(layer, f"{name}_lowvram_function", None) for name in ("weight", "bias"))
+    plain = layer.quant_format in _FP8 or layer.layout_type == INT8_WEIGHT_ONLY
+    return f"{layer.quant_format} weights" if plain and not patched else None
+
+
+def quantizes_activations_itself(layer: Any) -> bool:
+    """Whether the layout of ``layer`` does so in its product, even where full precision is asked for."""
+    host = comfy.quant_ops.QUANT_ALGOS.get(layer.quant_format, {})
+    return layer.layout_type == host.get("comfy_tensor_layout") and not host.get("quantize_input", True)
 
 
 def quantized_layer(layer: Any) -> nn.Module:
-    """The layer that computes as ``layer`` does in its format.
+    """The layer that computes as ``layer`` does with the format in use.
 
     Raises:
         NotHoistable: the format is not one of those above.
     """
+    if format_in_use(layer) != layer.quant_format:
+        return WeightOnlyLinear(layer)
     if layer.quant_format in _FP8:
         return Fp8Linear(layer)
     if layer.quant_format == _INT8:
-        return Int8Linear(layer)
+        return RotatedInt8Linear(layer) if _rotated(layer) else Int8Linear(layer)
+    if layer.layout_type == FP8_ROWWISE:
+        return Fp8RowwiseLinear(layer)
     raise NotHoistable(f"a layer computes in {layer.quant_format} with quantized activations")
 
 
@@ -132,7 +201,8 @@ def quantized_weights(layer: Any, like: Tensor) -> dict[str, Tensor]:
     Raises:
         NotHoistable: the host would not keep the weight quantized for activations of ``like``'s dtype.
     """
-    if layer.quant_format == _INT8:
+    weight_only = format_in_use(layer) != layer.quant_format
+    if weight_only or layer.quant_format == _INT8:
         weight, bias = comfy.ops.cast_bias_weight(
             layer,
             dtype=layer.weight.dtype,
@@ -146,6 +216,10 @@ def quantized_weights(layer: Any, like: Tensor) -> dict[str, Tensor]:
     if not isinstance(weight, comfy.quant_ops.QuantizedTensor):
         raise NotHoistable(f"a layer is kept in {layer.quant_format} and used in {like.dtype}")
     tensors = {"weight": weight._qdata.contiguous(), "weight_scale": weight.params.scale, "bias": bias}
-    if getattr(layer, "input_scale", None) is not None and layer.quant_format != _INT8:
-        tensors["input_scale"] = layer.input_scale
+    if layer.quant_format in _FP8 and not weight_only:
+        tensors["input_scale"] = getattr(layer, "input_scale", None)
     return {name: value.to(like.device) for name, value in tensors.items() if value is not None}
+
+
+def _rotated(layer: Any) -> bool:
+    return getattr(layer.weight.params, "convrot", False)

@@ -13,10 +13,12 @@ from server import PromptServer
 from ..hotpath.compiled import Region
 from .compile import LATEST, REGIONS, WRAPPER_KEY
 from .models import require_model
+from .quantize import quantization, quantizations
 
 
 def report() -> dict[str, Any]:
-    """Compiled regions of this process, and for each compile node what its last MODEL uses and what runs eager."""
+    """Compiled regions of this process, for each compile node what its last MODEL uses and what runs eager, and what
+    was quantized."""
     return {
         "regions": [_region(region) for region in REGIONS],
         "models": [
@@ -29,6 +31,7 @@ def report() -> dict[str, Any]:
             }
             for blocks in list(LATEST.values())
         ],
+        "quantized": [asdict(done) for done in quantizations()],
     }
 
 
@@ -43,13 +46,15 @@ def describe(model: ModelPatcher) -> str:
         ValueError: it is no MODEL.
     """
     require_model(model)
+    quantized = quantization(model)
+    lines = [quantized.summary()] if quantized else []
     compiled = model.get_wrappers(WrappersMP.APPLY_MODEL, WRAPPER_KEY)
     if not compiled:
-        return "This MODEL does not pass through Compile Repeated Blocks."
+        return "\n".join([*lines, "This MODEL does not pass through Compile Repeated Blocks."])
     (blocks,) = compiled
-    lines = [
+    lines.append(
         blocks.summary() or "Nothing has been sampled with this MODEL yet. Connect the sampler's output to `after`."
-    ]
+    )
     for region in blocks.regions:
         stats = region.stats
         lines.append(

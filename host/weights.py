@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ..hotpath.compiled import plain_tensor
 from ..hotpath.template import NotHoistable
-from .quantized import format_in_use, quantized_layer, quantized_weights
+from .quantized import format_in_use, quantized_layer, quantized_weights, quantizes_activations_itself
 
 _CONTAINERS = (comfy.ldm.flux.layers.__name__, "torch.nn.modules")
 _MIXED_PRECISION_LINEAR = "mixed_precision_ops.<locals>.MixedPrecisionOps.Linear"
@@ -79,7 +79,7 @@ def block_weights(layers: Sequence[tuple[str, nn.Module]], like: Tensor) -> Iter
     Quantized layers give their data and scales.
 
     Raises:
-        NotHoistable: the host would not use a quantized weight as it is kept.
+        NotHoistable: the host would not use a quantized weight as it is kept or as the layer asks.
     """
     dynamic = [layer for _, layer in layers if "_v" in layer.__dict__ and "_prefetch" not in layer.__dict__]
     with _faulted_in(dynamic, like.device) if dynamic and like.device.type != "cpu" else nullcontext():
@@ -122,6 +122,8 @@ def _weight_and_bias(layer: Any, like: Tensor) -> tuple[Tensor | None, Tensor | 
         return weight, bias
     weight, bias = comfy.ops.cast_bias_weight(layer, like)
     if isinstance(weight, comfy.quant_ops.QuantizedTensor):
+        if quantizes_activations_itself(layer):
+            raise NotHoistable(f"this ComfyUI multiplies in {layer.quant_format} where full precision is asked for")
         weight = weight.dequantize()
     return weight, bias
 

@@ -44,6 +44,12 @@ def regions(monkeypatch):
     return store
 
 
+@pytest.fixture
+def fp8_product(monkeypatch):
+    """PyTorch multiplies fp8 on the CPU, though not by the newer name that the host asks for first."""
+    monkeypatch.setattr(sys.modules["comfy_kitchen.scaled_mm_v2"], "_HAS_SCALED_MM_V2", False)
+
+
 @pytest.fixture(autouse=True)
 def quiet_loading(caplog):
     logging.getLogger("root").setLevel(logging.WARNING)

@@ -78,6 +78,16 @@ def sample(
         )
 
 
+def assert_two_graphs(model, **run):
+    """Compiled, ``model`` is two graphs whatever the size, text and steps, and gives what it gives itself."""
+    fast = compiled(model, backend="eager")
+    with Counting() as counting, torch._dynamo.config.patch(error_on_recompile=True):
+        for change in (dict(), dict(width=48), dict(tokens=5), dict(steps=2)):
+            assert_parity(model, fast, **{**run, **change})
+    assert (counting.graphs, counting.breaks) == (2, 0)
+    assert compiled_blocks(fast).eager == {}
+
+
 class Counting:
     """Graphs and breaks of a span of code."""
 

@@ -4,15 +4,13 @@ Parity is on the backend that runs the same operations: with others, a differenc
 next step, which is a difference of that size from there on.
 """
 
-import sys
-
 import comfy.model_management
 import comfy.quant_ops
 import pytest
 import torch
 from comfy.sd import load_lora_for_models
 from hotpath_pack.devtools import checkpoints
-from sampling import Counting, Texts, assert_parity, compiled, compiled_blocks, load, sample
+from sampling import Counting, Texts, assert_parity, assert_two_graphs, compiled, compiled_blocks, load, sample
 from test_counts import in_low_vram
 
 # PyTorch's fp8 product on the CPU is a plain loop.
@@ -20,10 +18,9 @@ SMALL = dict(width=32, height=32, tokens=4, steps=1)
 
 
 @pytest.fixture
-def fp8(monkeypatch):
-    """As on a card that multiplies in fp8, which PyTorch does on the CPU too, though not by its newer name."""
+def fp8(monkeypatch, fp8_product):
+    """As on a card that multiplies in fp8."""
     monkeypatch.setattr(comfy.model_management, "supports_fp8_compute", lambda device=None: True)
-    monkeypatch.setattr(sys.modules["comfy_kitchen.scaled_mm_v2"], "_HAS_SCALED_MM_V2", False)
 
 
 @pytest.fixture(params=["float8_e4m3fn", "int8_tensorwise"])
@@ -52,12 +49,7 @@ def test_two_graphs_as_for_any_other(flux, flux_weights, format):
     assert layer_of(model).quant_format == format and not layer_of(model)._full_precision_mm
     difference = (sample(model, **SMALL) - sample(flux, **SMALL)).abs().max()
     assert 1e-3 < difference < 3, "quantization changes the image, a little"
-    fast = compiled(model, backend="eager")
-    with Counting() as counting, torch._dynamo.config.patch(error_on_recompile=True):
-        for run in (dict(), dict(width=48), dict(tokens=5), dict(steps=2)):
-            assert_parity(model, fast, **{**SMALL, **run})
-    assert (counting.graphs, counting.breaks) == (2, 0)
-    assert compiled_blocks(fast).eager == {}
+    assert_two_graphs(model, **SMALL)
 
 
 def test_generated_code_is_nearer_to_eager_than_quantization_is_to_full_precision(flux, flux_weights, format):

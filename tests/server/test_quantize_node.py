@@ -1,0 +1,80 @@
+"""Quantize Repeated Blocks over the host's API."""
+
+import pytest
+import requests
+from hotpath_pack.devtools.measure import snr
+from hotpath_pack.devtools.server import PromptFailed
+from hotpath_pack.devtools.workflows import sampling
+from live import TOLERANCE
+
+LORA = [("style.safetensors", 0.7)]
+
+
+@pytest.fixture(scope="module")
+def schema(small_flux):
+    return small_flux.server.get("/object_info/HotPathQuantizeRepeatedBlocks")["HotPathQuantizeRepeatedBlocks"]
+
+
+def test_the_node_is_described(schema, small_flux):
+    assert (schema["display_name"], schema["output"]) == ("Quantize Repeated Blocks", ["MODEL"])
+    inputs = schema["input"]["required"]
+    assert list(inputs) == ["model", "format", "skip"] and all(options["tooltip"] for _, options in inputs.values())
+    page = requests.get(f"{small_flux.server.url}/extensions/HotPath/docs/HotPathQuantizeRepeatedBlocks.md", timeout=10)
+    assert page.text.startswith("# Quantize Repeated Blocks")
+
+
+def test_quantized_and_compiled_with_a_lora(small_flux, schema):
+    full = small_flux.latent(loras=LORA)
+    for format in schema["input"]["required"]["format"][1]["options"]:
+        run = dict(loras=LORA, quantized=format)
+        eager = small_flux.latent(**run)
+        assert snr(full, eager) > 15
+        # On the CPU the host multiplies fp8_e4m3 dequantized, which rounds, and from then on quantizes, otherwise.
+        fast = small_flux.latent(**run, compiled={"backend": "aot_eager"})
+        assert snr(full, fast) > 15
+        if format.startswith("int8") or format == "fp8_e4m3_rowwise":
+            assert (fast - eager).abs().max() <= TOLERANCE, format
+
+
+def test_the_node_shows_what_it_did_and_does_it_once(small_flux):
+    result = small_flux.sample(quantized="int8_dynamic", report=True, seed=11)
+    texts = [text for node, text in result.texts if node == "quantize"]
+    assert texts[0] == "quantizing 29 layers ..."
+    assert texts[1].startswith("quantized: 7 modulation layers in int8_weight_only, 22 layers in int8_dynamic; blocks ")
+    assert any(event.type == "progress" and event.data.get("node") == "quantize" for event in result.events)
+    again = small_flux.sample(quantized="int8_dynamic", loras=[("style.safetensors", 0.31)])
+    texts = [text for node, text in again.texts if node == "quantize"]
+    assert len(texts) == 1 and texts[0].startswith("quantized: "), "another LoRA quantizes nothing again"
+
+
+@pytest.mark.parametrize(
+    ("inputs", "message"),
+    [
+        ({"format": "nvfp4"}, "nvfp4 needs an NVIDIA GPU of compute capability 10.0 or newer"),
+        ({"format": "int3"}, "'int3' is unknown. Choose one of "),
+        ({"skip": "nothing.*"}, "skip: nothing.* fits no layer of this model's blocks"),
+    ],
+)
+def test_bad_input_is_an_error_that_says_what_to_do(small_flux, inputs, message):
+    workflow = sampling(small_flux.checkpoint, small_flux.flux, quantized="int8_dynamic")
+    workflow["quantize"]["inputs"].update(inputs)
+    with pytest.raises(PromptFailed) as failed:
+        small_flux.server.run(workflow)
+    assert message in str(failed.value)
+
+
+def test_saved_and_loaded_again_by_the_host_alone(small_flux):
+    workflow = sampling(small_flux.checkpoint, small_flux.flux, quantized="int8_dynamic", loras=LORA)
+    workflow["keep"] = {
+        "class_type": "ModelSave",
+        "inputs": {"model": ["quantize", 0], "filename_prefix": "kept"},
+    }
+    server = small_flux.server
+    eager = server.latent(server.run(workflow))
+    (kept,) = (server.base / "output").glob("kept*.safetensors")
+    kept.rename(server.diffusion_models / "kept.safetensors")
+    again = server.latent(server.run(sampling("kept.safetensors", small_flux.flux)))
+    full = small_flux.latent(loras=LORA)
+    assert snr(full, again) > snr(full, eager) - 6 > 15
+    with pytest.raises(PromptFailed, match="quantized already"):
+        server.run(sampling("kept.safetensors", small_flux.flux, quantized="int8_dynamic"))
