@@ -20,7 +20,7 @@ from torch import Tensor
 
 from devtools import gpu_host
 from devtools.cli import positive, run_tool, write_json
-from devtools.gpu_host import compiled, load, sample
+from devtools.gpu_host import compiled, load, quantize, sample
 
 GIB = 2**30
 TEXT_TOKENS = 512
@@ -48,6 +48,7 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--hidden", type=positive, default=3072, metavar="N")
     parser.add_argument("--steps", type=positive, default=20, metavar="N", help="timed steps a side (default: 20)")
     parser.add_argument("--resident", action="store_true", help="without the host's dynamic VRAM")
+    parser.add_argument("--formats", nargs="*", default=(), metavar="NAME", help="also quantized to these")
     parser.add_argument("--sides", nargs="+", metavar="NAME", help="only these")
     parser.add_argument("--profile", type=Path, metavar="FOLDER", help="also write each side's kernels there")
     parser.add_argument("--json", type=Path, metavar="FILE")
@@ -56,7 +57,11 @@ def main(arguments: Sequence[str]) -> int:
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, CUDA {torch.version.cuda}")
     ceilings = measure_ceilings()
     print(", ".join(f"{name} {value:.0f}" for name, value in ceilings.items()), flush=True)
-    sides = [side for side in make_sides(given.blocks, given.hidden) if given.sides is None or side.name in given.sides]
+    sides = [
+        side
+        for side in make_sides(given.blocks, given.hidden, given.formats)
+        if given.sides is None or side.name in given.sides
+    ]
     measure(sides, given.steps)
     print_sides(sides)
     if given.profile:
@@ -69,8 +74,8 @@ def main(arguments: Sequence[str]) -> int:
     return 0
 
 
-def make_sides(blocks: Sequence[int], hidden: int) -> list[Side]:
-    """The same weights eager and compiled in each way; the other ways work without dynamic VRAM alone."""
+def make_sides(blocks: Sequence[int], hidden: int, formats: Sequence[str]) -> list[Side]:
+    """The same weights eager and compiled in each way, and quantized; other ways work without dynamic VRAM alone."""
     from comfy_api.torch_helpers import set_torch_compile_wrapper
     from comfy_extras.nodes_torch_compile import TorchCompileModel, skip_torch_compile_dict
 
@@ -82,6 +87,9 @@ def make_sides(blocks: Sequence[int], hidden: int) -> list[Side]:
         Side("ours", compiled(eager)),
         Side("ours max-autotune", compiled(eager, mode="max-autotune-no-cudagraphs")),
     ]
+    for format in formats:
+        small = quantize(eager, format)
+        sides += [Side(format, small), Side(f"{format} ours", compiled(small))]
     if not eager.is_dynamic():
         per_block = eager.clone()
         keys = [f"diffusion_model.double_blocks.{index}" for index in range(double)]

@@ -74,6 +74,15 @@ def compiled(model: Any, **settings: Any) -> Any:
     return compile_repeated_blocks(model, CompileSettings(**settings), "all", "all", "error", NodeText(None))
 
 
+def quantize(model: Any, format: str) -> Any:
+    """``model`` as Quantize Repeated Blocks returns it."""
+    from hotpath_pack.host.progress import NodeText
+    from hotpath_pack.host.quantize import quantize_repeated_blocks
+
+    with torch.inference_mode():
+        return quantize_repeated_blocks(model, format, "", NodeText(None))
+
+
 def sample(model: Any, size: tuple[int, int] = (256, 256), tokens: int = 32, steps: int = 2) -> Tensor:
     """A latent of one image of ``size`` pixels with ``tokens`` of random text, the same at each call."""
     import comfy.sample

@@ -220,7 +220,7 @@ class CompiledBlocks:
         inputs: dict[str, Any],
         attend: Attend | None,
     ) -> Any:
-        plan, bind = self._plans[block], bind_for(attend)
+        plan, bind = self._plans[block], bind_for(attend, inputs[kind.activation].device)
         name = f"{kind.name} block" if attend is None else f"patched {kind.name} block"
         kinds = input_kinds(inputs, shapes=self.settings.dynamic == "never")
         dtypes = tuple(weight.dtype for weight in weights.values())
