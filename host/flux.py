@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ..hotpath.attention import Attend, cudnn_attention, opaque_attention
 from ..hotpath.sizes import as_size, from_size
 from ..hotpath.template import NotHoistable, refuse_bolted_on
-from .weights import class_name
+from .weights import class_name, refuse_replaced_forward
 
 _SPANS = ("modulation_dims", "modulation_dims_img", "modulation_dims_txt")
 
@@ -49,9 +49,10 @@ class BlockKind:
         return []
 
     def refuse_foreign(self, block: nn.Module) -> None:
-        """Raise NotHoistable for a block of another class, or with a forward of its own."""
+        """Raise NotHoistable for a block of another class, or with another forward than the host's."""
         if type(block) is not self.block:
             raise NotHoistable(f"{class_name(type(block))} is not the host's block")
+        refuse_replaced_forward(self.block)
         refuse_bolted_on("", block)
 
 
@@ -97,6 +98,7 @@ def attention_for(options: Mapping[str, Any]) -> Attend | None:
     patches = options.get("patches", {})
     if (
         math.optimized_attention is comfy.ldm.modules.attention.attention_pytorch
+        and math.apply_rope.__code__.co_filename == own_file
         and "optimized_attention_override" not in options
         and not patches.get("attn1_patch")
         and not patches.get("attn1_output_patch")
@@ -147,19 +149,30 @@ def _arguments(inputs: Mapping[str, Any], options: Mapping[str, Any]) -> dict[st
 
 
 def bind_traced(inputs: Mapping[str, Any]) -> Mapping[str, Any]:
-    """No patch and no override: the block reads nothing from its options."""
-    return _arguments(inputs, {})
+    """No patch and no override: the block reads nothing else from its options.
+
+    The rotary embedding is traced in its plain form, where the host would call a kernel of its own that nothing can be
+    fused with.
+    """
+    return _rotated(inputs, cudnn=False)
 
 
 def bind_cudnn(inputs: Mapping[str, Any]) -> Mapping[str, Any]:
     """As ``bind_traced``, with cuDNN's attention where there is no mask."""
+    return _rotated(inputs, cudnn=True)
 
-    def attend(func: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if kwargs.get("mask") is not None:
-            return func(q, k, v, *args, **kwargs)
-        return cudnn_attention(q, k, v)
 
-    return _arguments(inputs, {"optimized_attention_override": attend})
+def _rotated(inputs: Mapping[str, Any], cudnn: bool) -> Mapping[str, Any]:
+    pe = inputs["pe"]
+
+    def rotate_and_attend(attend: Callable[..., Tensor], q: Tensor, k: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if pe is not None:
+            q, k = (comfy.ldm.flux.math._apply_rope1(x, pe) for x in (q, k))
+        if cudnn and kwargs.get("mask") is None:
+            return cudnn_attention(q, k, args[0])
+        return attend(q, k, *args, **kwargs)
+
+    return _arguments({**inputs, "pe": None}, {"optimized_attention_override": rotate_and_attend})
 
 
 def bind_opaque(inputs: Mapping[str, Any]) -> Mapping[str, Any]:

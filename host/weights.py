@@ -31,8 +31,7 @@ def plain_layer(module: Any) -> nn.Module | None:
         NotHoistable: the class is foreign, or its forward is not the one it was defined with.
     """
     kind = type(module)
-    if not has_own_forward(kind):
-        raise NotHoistable(f"the forward of {class_name(kind)} was replaced")
+    refuse_replaced_forward(kind)
     if _is_mixed_precision_linear(kind):
         if getattr(module, "pre_quant_scale", None) is not None:
             raise NotHoistable(f"a layer smooths its activations before it computes in {module.quant_format}")
@@ -62,11 +61,12 @@ def class_name(kind: type) -> str:
     return f"{PureWindowsPath(kind.__module__).name}.{kind.__qualname__}"
 
 
-def has_own_forward(kind: type) -> bool:
-    """Whether the class's forward is code of the file that defines it, not something patched in."""
+def refuse_replaced_forward(kind: type) -> None:
+    """Raise NotHoistable for a class whose forward is not code of the file that defines it."""
     owner = next(base for base in kind.__mro__ if "forward" in vars(base))
     code = getattr(vars(owner)["forward"], "__code__", None)
-    return code is not None and code.co_filename == sys.modules[owner.__module__].__file__
+    if code is None or code.co_filename != sys.modules[owner.__module__].__file__:
+        raise NotHoistable(f"the forward of {class_name(kind)} was replaced")
 
 
 @contextmanager

@@ -252,6 +252,18 @@ def test_a_pack_that_replaces_the_blocks_forward_for_all_models(flux, monkeypatc
     assert "SingleStreamBlock was replaced" in reasons(fast)
 
 
+def test_a_pack_that_replaces_the_rotary_embedding(flux, monkeypatch):
+    import comfy.ldm.flux.math
+
+    original, plain = comfy.ldm.flux.math.apply_rope, sample(flux)
+    monkeypatch.setattr(comfy.ldm.flux.math, "apply_rope", lambda q, k, pe: original(q, k, pe * 0.8))
+    assert (sample(flux) - plain).abs().max() > 0.01
+    fast = compiled(flux)
+    with Counting() as counting:
+        assert_parity(flux, fast)
+    assert (counting.graphs, compiled_blocks(fast).eager) == (2, {})
+
+
 def test_a_pack_that_replaces_the_attention_function(flux, monkeypatch):
     import comfy.ldm.flux.math
 
