@@ -18,6 +18,8 @@ from ..hotpath.rowwise import FP8, fp8_product, fp8_rows, fp8_scales, int8_rows
 
 FP8_ROWWISE = "HotPathFP8RowwiseLayout"
 INT8_WEIGHT_ONLY = "HotPathInt8WeightOnlyLayout"
+# As much of a name that can't be read as an error repeats.
+_QUOTED = 40
 
 
 class _RowwiseLayout(QuantizedLayout):
@@ -217,8 +219,8 @@ def require_format(name: str, device: torch.device) -> Format:
         ValueError: there is none, or ``device`` can't compute in it.
     """
     runnable = ", ".join(runnable_formats(device))
-    if name not in FORMATS:
-        raise ValueError(f"format: {name!r} is unknown. Choose one of {runnable}.")
+    if not isinstance(name, str) or name not in FORMATS:
+        raise ValueError(f"format: {str(name)[:_QUOTED]!r} is unknown. Choose one of {runnable}.")
     missing = FORMATS[name].missing(device)
     if missing is not None:
         raise ValueError(f"format: {name} needs {missing}. This machine ({device.type}) can run {runnable}.")

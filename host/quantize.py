@@ -29,8 +29,8 @@ from .weights import class_name, plain_layer
 
 log = logging.getLogger(__name__)
 
-# An error names so many layers.
-_FEW = 4
+# As much of texts that fit nothing as an error repeats.
+_FEW, _QUOTED = 3, 40
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -152,8 +152,9 @@ def _choose(diffusion_model: nn.Module, wanted: Format, skip: str) -> tuple[dict
                 formats[full] = format
                 counts[f"{'modulation ' if name in vector else ''}layers in {format.name}"] += 1
     if unused:
+        unknown = ", ".join(pattern[:_QUOTED] for pattern in sorted(unused)[:_FEW])
         raise ValueError(
-            f"skip: {', '.join(sorted(unused))} fits no layer of this model's blocks. They are called "
+            f"skip: {unknown} fits no layer of this model's blocks. They are called "
             f"{', '.join(dict.fromkeys(names))}, each after its block, such as double_blocks.0."
         )
     if not formats:

@@ -54,7 +54,7 @@ class QuantizeRepeatedBlocks(io.ComfyNode):
     def validate_inputs(cls, format: str) -> bool | str:
         # A linked input has no value yet; it is checked when the node runs.
         try:
-            if isinstance(format, str):
+            if format is not None:
                 require_format_here(format)
         except ValueError as error:
             return str(error)

@@ -82,10 +82,9 @@ def assert_clear(error, names):
         assert any(name in message for name in names), message
 
 
-def given_workflow(tiny, compiled, **inputs):
-    workflow = sampling(
-        tiny.checkpoint, tiny.flux, width=64, height=64, steps=1, tokens=4, compiled=compiled, report=True
-    )
+def given_workflow(tiny, compiled, quantized=None, **inputs):
+    run = dict(width=64, height=64, steps=1, tokens=4, compiled=compiled, quantized=quantized, report=True)
+    workflow = sampling(tiny.checkpoint, tiny.flux, **run)
     for node, changes in inputs.items():
         workflow[node]["inputs"].update(changes)
     for node in workflow.values():
@@ -102,10 +101,22 @@ def test_any_inputs_of_the_compile_node(tiny, inputs):
     assert_clear(outcome(tiny.server, given_workflow(tiny, inputs)), VALID)
 
 
+@settings(FUZZ, max_examples=200)
+@given(
+    format=st.one_of(st.sampled_from(["int8_weight_only", "nvfp4"]), ODD, st.just(MISSING)),
+    skip=st.one_of(st.sampled_from(["", "img_mlp.*", "single_blocks.0.*, *.proj", "[", "*"]), ODD, st.just(MISSING)),
+)
+def test_any_inputs_of_the_quantize_node(tiny, format, skip):
+    inputs = {"format": format, "skip": skip}
+    workflow = given_workflow(tiny, {"backend": "eager"}, "int8_weight_only", quantize=inputs)
+    assert_clear(outcome(tiny.server, workflow), inputs)
+
+
 @settings(FUZZ, max_examples=300)
-@given(node=st.sampled_from(["compile", "report"]), model=ODD, after=ODD)
+@given(node=st.sampled_from(["quantize", "compile", "report"]), model=ODD, after=ODD)
 def test_any_value_in_place_of_a_link(tiny, node, model, after):
-    workflow = given_workflow(tiny, {"backend": "eager"}, **{"report": {"after": after}, node: {"model": model}})
+    changes = {"report": {"after": after}, node: {"model": model}}
+    workflow = given_workflow(tiny, {"backend": "eager"}, "int8_weight_only", **changes)
     assert_clear(outcome(tiny.server, workflow), ["model", "after"])
 
 
