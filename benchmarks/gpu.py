@@ -88,7 +88,9 @@ def make_sides(blocks: Sequence[int], hidden: int, formats: Sequence[str]) -> li
         Side("ours max-autotune", compiled(eager, mode="max-autotune-no-cudagraphs")),
     ]
     for format in formats:
+        started = time.perf_counter()
         small = quantize(eager, format)
+        print(f"{format}: quantized in {time.perf_counter() - started:.1f} s", flush=True)
         sides += [Side(format, small), Side(f"{format} ours", compiled(small))]
     if not eager.is_dynamic():
         per_block = eager.clone()

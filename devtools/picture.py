@@ -1,4 +1,4 @@
-"""Remakes the README's picture: Compile Repeated Blocks in a graph, after it ran in a real ComfyUI and browser.
+"""Remakes the README's picture: our nodes in a graph, after it ran in a real ComfyUI and browser.
 
 Needs Playwright's Python package and a Chromium, whose path is the argument.
 """
@@ -19,11 +19,12 @@ PICTURE = ROOT / "docs" / "graph.png"
 PLACES = {
     "model": (0, 0),
     "lora0": (1, 0),
-    "compile": (2, 0),
-    "sampler": (3, 0),
+    "quantize": (2, 0),
+    "compile": (3, 0),
+    "sampler": (4, 0),
     "text": (0, 1),
     "empty": (1, 1),
-    "save": (4, 0),
+    "save": (5, 0),
 }
 ARRANGE = """
 async ([workflow, places]) => {
@@ -51,6 +52,7 @@ def main(arguments: Sequence[str]) -> int:
             checkpoint.name,
             describe(checkpoint),
             loras=[("style.safetensors", 0.8)],
+            quantized="int8_dynamic",
             compiled={"on_failure": "eager"},
             steps=20,
         )
@@ -58,7 +60,7 @@ def main(arguments: Sequence[str]) -> int:
             browser = playwright.chromium.launch(
                 executable_path=arguments[0], args=["--no-sandbox", "--disable-background-networking"]
             )
-            page = browser.new_page(viewport={"width": 1800, "height": 620})
+            page = browser.new_page(viewport={"width": 2100, "height": 620})
             page.goto(server.url)
             page.wait_for_function("window.app?.graph && window.app.canvas", timeout=60_000)
             page.wait_for_timeout(3000)
@@ -68,7 +70,7 @@ def main(arguments: Sequence[str]) -> int:
             page.wait_for_timeout(2000)
             while any(server.get("/queue").values()):
                 page.wait_for_timeout(500)
-            page.screenshot(path=PICTURE, clip={"x": 66, "y": 126, "width": 1370, "height": 285})
+            page.screenshot(path=PICTURE, clip={"x": 66, "y": 126, "width": 1670, "height": 285})
             browser.close()
     return 0
 

@@ -20,6 +20,7 @@ FP8_ROWWISE = "HotPathFP8RowwiseLayout"
 INT8_WEIGHT_ONLY = "HotPathInt8WeightOnlyLayout"
 # As much of a name that can't be read as an error repeats.
 _QUOTED = 40
+_NEWER_COMFYUI = "a newer ComfyUI, which has int8 layers"
 
 
 class _RowwiseLayout(QuantizedLayout):
@@ -147,7 +148,7 @@ class Int8(Format):
 
     def missing(self, device: torch.device) -> str | None:
         if self.host_name not in comfy.quant_ops.QUANT_ALGOS:
-            return "a newer ComfyUI, which has int8 layers"
+            return _NEWER_COMFYUI
         fast = device.type == "cuda" and comfy.model_management.is_nvidia()
         if device.type == "cpu" or (fast and torch.cuda.get_device_capability(device) >= (7, 5)):
             return None
@@ -159,6 +160,9 @@ class Int8WeightOnly(Format):
 
     Source: ``Int8WeightOnlyLayout``; files hold the host's ``int8_tensorwise``.
     """
+
+    def missing(self, device: torch.device) -> str | None:
+        return None if self.host_name in comfy.quant_ops.QUANT_ALGOS else _NEWER_COMFYUI
 
 
 class NvFp4(Format):
@@ -203,8 +207,12 @@ FORMATS: Mapping[str, Format] = {
         MxFp8("mxfp8", "mxfp8", "TensorCoreMXFP8Layout", multiple=32, smallest=256),
     )
 }
-# Of layers that see one vector a step, such as modulation.
-VECTOR_FORMAT = FORMATS["int8_weight_only"]
+# Of layers that see one vector a step, such as modulation; in a ComfyUI without int8 what its files may hold.
+VECTOR_FORMAT = (
+    FORMATS["int8_weight_only"]
+    if "int8_tensorwise" in comfy.quant_ops.QUANT_ALGOS
+    else Fp8("fp8_e4m3 weight-only", *_FP8, weight_only=True)
+)
 
 
 def runnable_formats(device: torch.device) -> list[str]:

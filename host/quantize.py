@@ -46,7 +46,7 @@ class Quantization:
         """One line for the node and the report."""
         layers = ", ".join(f"{count} {kind}" for kind, count in self.layers.items())
         before, after = self.bytes_before, self.bytes_after
-        return f"quantized: {layers}; blocks {before / 2**20:.0f} MiB -> {after / 2**20:.0f} MiB ({after / before:.2f})"
+        return f"quantized: blocks {before / 2**20:.0f} -> {after / 2**20:.0f} MiB ({after / before:.2f}); {layers}"
 
 
 @dataclass(frozen=True)
@@ -223,7 +223,9 @@ def _quantize(
                 progress.update(1)
     if modules:
         raise _changed(next(iter(modules)), "is missing")
-    done = Quantization(dict(counts), block_bytes(source.diffusion_model), block_bytes(twin.diffusion_model))
+    done = Quantization(
+        dict(Counter(counts).most_common()), block_bytes(source.diffusion_model), block_bytes(twin.diffusion_model)
+    )
     log.info("%s", done.summary())
     return _Quantized(formats, type(model)(twin, model.load_device, model.offload_device), done)
 

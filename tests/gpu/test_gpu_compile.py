@@ -58,6 +58,18 @@ def test_a_loaded_model_quantized_with_a_lora_on_it(format):
         assert wrapper.eager == {} and graphs_so_far() <= before[0] + 2 and breaks_so_far() == before[1]
 
 
+def test_quantizing_takes_the_memory_of_a_layer():
+    hidden = 2048
+    model = load(4, 8, torch.bfloat16, hidden=hidden)
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    quantize(model, "fp8_e4m3_rowwise")
+    # The largest, in bf16, in float32, its magnitudes, scaled, and in fp8.
+    layer = 7 * hidden * hidden
+    assert torch.cuda.max_memory_allocated() - before <= layer * (2 + 4 * 4 + 1)
+
+
 def test_the_step_that_compiles_takes_a_block_more_than_an_eager_step():
     hidden = 2048
     model = load(4, 8, torch.bfloat16, hidden=hidden)

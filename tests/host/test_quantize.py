@@ -9,7 +9,7 @@ from comfy.sd import load_lora_for_models
 from hotpath_pack.devtools import checkpoints
 from hotpath_pack.devtools.measure import snr
 from hotpath_pack.host import quantize as host_quantize
-from hotpath_pack.host.formats import FORMATS, node_formats, require_format_here
+from hotpath_pack.host.formats import FORMATS, VECTOR_FORMAT, node_formats, require_format_here
 from hotpath_pack.host.quantize import quantization, quantize_repeated_blocks
 from sampling import Counting, Texts, assert_parity, assert_two_graphs, compiled, compiled_blocks, load, sample
 from test_counts import in_low_vram
@@ -26,7 +26,7 @@ def as_on_a_card(fp8_product):
     pass
 
 
-def quantized(model, format="int8_dynamic", skip="", text=None):
+def quantized(model, format=RUNNABLE[0], skip="", text=None):
     with torch.inference_mode():
         return quantize_repeated_blocks(model, format, skip, text or Texts())
 
@@ -95,7 +95,7 @@ def test_modulation_is_weight_only_and_embedders_and_norms_stay(flux):
         if "_blocks." not in name:
             assert not isinstance(layer.weight, comfy.quant_ops.QuantizedTensor), name
         elif "mod" in name:
-            assert (layer.quant_format, layer._full_precision_mm) == ("int8_tensorwise", True), name
+            assert (layer.quant_format, layer._full_precision_mm) == (VECTOR_FORMAT.host_name, True), name
         else:
             assert (layer.quant_format, layer._full_precision_mm) == ("fp8_e4m3_rowwise", False), name
 
@@ -168,14 +168,14 @@ def test_layers_too_small_to_gain(flux_weights):
     narrow = load(checkpoints.flux1(1, 1, hidden=128))
     text = Texts()
     quantized(narrow, text=text)
-    assert "too small for int8_dynamic" in text.seen[-1] and "modulation layers in int8_weight_only" in text.seen[-1]
+    assert f"too small for {RUNNABLE[0]}" in text.seen[-1] and "modulation layers in " in text.seen[-1]
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (dict(format="int4"), "format: 'int4' is unknown. Choose one of int8_dynamic"),
-        (dict(format="nvfp4"), r"format: nvfp4 needs an NVIDIA GPU of compute capability 10.0 .* can run int8_dynamic"),
+        (dict(format="int4"), f"format: 'int4' is unknown. Choose one of {RUNNABLE[0]}"),
+        (dict(format="nvfp4"), rf"nvfp4 needs an NVIDIA GPU of compute capability 10.0 .* can run {RUNNABLE[0]}"),
         (dict(skip="img_mpl.2"), "skip: img_mpl.2 fits no layer.*img_attn.qkv"),
         (dict(skip="*"), "nothing is left to quantize"),
     ],
@@ -241,19 +241,35 @@ def test_a_saved_checkpoint_loads_in_a_plain_host(flux, format):
     assert snr(sample(flux, **SMALL), sample(again, **SMALL)) > min(SNR[format], SNR["int8_dynamic"] - 3)
     assert {layer.quant_format for layer in linears(again).values() if hasattr(layer, "quant_format")} == {
         FORMATS[format].host_name,
-        "int8_tensorwise",
+        VECTOR_FORMAT.host_name,
     }
 
 
+@pytest.fixture(scope="module")
+def full_width():
+    return load(checkpoints.flux1(1, 1, hidden=3072, dtype=torch.bfloat16), dtype=torch.bfloat16)
+
+
 @pytest.mark.parametrize("format", list(FORMATS))
-def test_memory_of_blocks_of_full_width(format):
-    weights = checkpoints.flux1(1, 1, hidden=3072, dtype=torch.bfloat16)
-    model = load(weights, dtype=torch.bfloat16)
-    formats, counts = host_quantize._choose(model.model.diffusion_model, FORMATS[format], "")
+def test_memory_of_blocks_of_full_width(full_width, format):
+    if "ComfyUI" in (FORMATS[format].missing(torch.device("cpu")) or ""):
+        pytest.skip("this ComfyUI has no such layers")
+    formats, counts = host_quantize._choose(full_width.model.diffusion_model, FORMATS[format], "")
     with torch.inference_mode():
-        done = host_quantize._quantize(model, formats, counts, Texts()).done
+        done = host_quantize._quantize(full_width, formats, counts, Texts()).done
     # A power of two for each 32 values is a thirty-second more.
     assert done.bytes_after / done.bytes_before <= {"nvfp4": 0.35, "mxfp8": 0.5125}.get(format, 0.51)
+
+
+def test_a_second_copy_of_the_model_is_quantized_too(flux_weights, tmp_path):
+    """As the host makes for a second GPU, or where dynamic VRAM does not serve."""
+    path = checkpoints.save(tmp_path / "flux.safetensors", flux_weights)
+    with torch.inference_mode():
+        model = quantized(comfy.sd.load_diffusion_model(str(path), model_options={"dtype": torch.float32}))
+        copy = model.clone(force_deepcopy=True)
+    assert copy.model is not model.model
+    assert quantization(copy) == quantization(model)
+    assert sample(copy, **SMALL).equal(sample(model, **SMALL))
 
 
 def test_the_node_offers_what_runs_here_and_validates_the_rest():
@@ -265,6 +281,6 @@ def test_the_node_offers_what_runs_here_and_validates_the_rest():
 @pytest.mark.parametrize("make", ["flux2", "chroma"])
 def test_other_models(make):
     model = load(getattr(checkpoints, make)())
-    small = quantized(model, "int8_weight_only")
+    small = quantized(model, RUNNABLE[-1])
     assert_parity(small, compiled(small, backend="eager"), **SMALL)
-    assert snr(sample(model, **SMALL), sample(small, **SMALL)) > 30
+    assert snr(sample(model, **SMALL), sample(small, **SMALL)) > 20
