@@ -6,7 +6,7 @@ import functools
 import logging
 import weakref
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Hashable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
 from types import MappingProxyType
 from typing import Any
@@ -197,7 +197,7 @@ class CompiledBlocks:
         finally:
             block.forward = swapped
 
-    def _layers(self, block: nn.Module) -> list[tuple[str, nn.Module]]:
+    def _layers(self, block: nn.Module) -> list[tuple[str, nn.Module, Hashable]]:
         plan = self._plans.get(block)
         if plan is not None:
             try:

@@ -59,8 +59,8 @@ class BlockPlan:
     _places: tuple[_Place, ...] = field(repr=False)
     _state: LayerState = field(repr=False)
 
-    def layers(self, block: nn.Module) -> list[tuple[str, nn.Module]]:
-        """The layers of ``block`` that hold weights, by path.
+    def layers(self, block: nn.Module) -> list[tuple[str, nn.Module, Hashable]]:
+        """The layers of ``block`` that hold weights: path, layer, and its state as planned.
 
         Raises:
             NotHoistable: something was bolted onto the block, or swapped in it, since it was planned.
@@ -76,7 +76,7 @@ class BlockPlan:
             if self._state(module) != state:
                 raise NotHoistable(f"{path or 'the block'} computes in another way now")
             modules.append(module)
-        return [(self._places[index].path, modules[index]) for index in self._layers]
+        return [(self._places[index].path, modules[index], self._places[index].state) for index in self._layers]
 
 
 def refuse_bolted_on(path: str, module: nn.Module) -> None:

@@ -39,7 +39,7 @@ def plain_layer(module):
 def weights_of(plan, block):
     return {
         f"{path}.{name}": value
-        for path, layer in plan.layers(block)
+        for path, layer, _ in plan.layers(block)
         for name, value in layer.named_parameters(recurse=False)
     }
 
@@ -143,7 +143,7 @@ def test_a_layer_swapped_for_one_like_it_is_noticed():
     with pytest.raises(NotHoistable, match="first was replaced"):
         plan.layers(block)
     block.first = old
-    assert plan.layers(block)[0] == ("first", old)
+    assert plan.layers(block)[0] == ("first", old, None)
 
 
 def test_state_that_cannot_be_copied_is_named():
