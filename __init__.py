@@ -5,6 +5,7 @@ from comfy_api.latest import ComfyExtension, io
 from .host import report
 from .nodes.compile_repeated_blocks import CompileRepeatedBlocks
 from .nodes.compile_report import CompileReport
+from .nodes.offload_repeated_blocks import OffloadRepeatedBlocks
 from .nodes.quantize_repeated_blocks import QuantizeRepeatedBlocks
 
 WEB_DIRECTORY = "./js"
@@ -15,7 +16,7 @@ class HotPathExtension(ComfyExtension):
         report.add_route()
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
-        return [CompileRepeatedBlocks, QuantizeRepeatedBlocks, CompileReport]
+        return [CompileRepeatedBlocks, QuantizeRepeatedBlocks, OffloadRepeatedBlocks, CompileReport]
 
 
 async def comfy_entrypoint() -> HotPathExtension:
