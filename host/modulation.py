@@ -286,7 +286,7 @@ def _resident(layer: Any, key: str, patcher: ModelPatcher, device: torch.device)
             else:
                 functions = []
                 value = patcher.patch_weight_to_device(f"{key}.{name}", device_to=device, return_weight=True)
-            layer._parameters[name] = nn.Parameter(value.to(device), requires_grad=False)
+            layer._parameters[name] = nn.Parameter(_on(value, device), requires_grad=False)
             layer.__dict__[f"{name}_function"] = functions
         layer.__dict__.pop("_v", None)
         yield
@@ -294,6 +294,13 @@ def _resident(layer: Any, key: str, patcher: ModelPatcher, device: torch.device)
         layer._parameters.update(parameters)
         layer.__dict__.clear()
         layer.__dict__.update(attributes)
+
+
+def _on(tensor: Tensor, device: torch.device) -> Tensor:
+    """``tensor`` on ``device``, through pinned memory, which is the quicker way for what fills a bus."""
+    if device.type == "cuda" and tensor.device.type == "cpu" and not isinstance(tensor, QuantizedTensor):
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
 
 
 def _version(parameter: nn.Parameter) -> int | None:
