@@ -8,6 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from statistics import median
 
+from benchmarks import memory
 from benchmarks.quantize import qualities, rows
 from devtools.cli import Progress, add_sampling_arguments, comfyui_folder, positive, print_table, run_tool, write_json
 from devtools.measure import compare
@@ -31,11 +32,17 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument(
         "--quantize", action="store_true", help="instead, size and signal-to-noise ratio of each format"
     )
+    parser.add_argument(
+        "--memory", action="store_true", help="instead, what Flux.1-dev takes on the card and over the bus"
+    )
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="with --memory, also draw it there, as SVG")
     given = parser.parse_args(arguments)
     if given.soak:
         return run_soak(given.soak, given.json)
     if given.quantize:
         return run_quantize(given.size or (128, 128), given.json)
+    if given.memory:
+        return run_memory(given.json, given.plot)
     comparison = compare(
         comfyui_folder(),
         given.model,
@@ -93,6 +100,19 @@ def run_quantize(size: tuple[int, int], json: Path | None) -> int:
     print_table(rows(measured))
     if json:
         write_json(json, [asdict(quality) for quality in measured])
+    return 0
+
+
+def run_memory(json: Path | None, plot: Path | None) -> int:
+    needs = memory.needs(comfyui_folder())
+    print(f"Flux.1-dev, {memory.SIZE}x{memory.SIZE}: weights on the card, and what crosses the bus for")
+    print(f"an image of {memory.STEPS} steps on cards of which 1 GiB is taken\n")
+    print_table(memory.rows(needs))
+    if json:
+        write_json(json, [asdict(need) for need in needs])
+    if plot:
+        plot.parent.mkdir(parents=True, exist_ok=True)
+        plot.write_text(memory.picture(needs), encoding="utf-8")
     return 0
 
 

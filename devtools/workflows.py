@@ -24,19 +24,21 @@ def sampling(
     loras: Sequence[tuple[str, float]] = (),
     patches: Sequence[tuple[str, float]] = (),
     quantized: str | None = None,
+    modulation: str | None = None,
     compiled: Mapping[str, Any] | None = None,
     report: bool = False,
 ) -> Workflow:
     """Sample a latent and save it.
 
-    The MODEL goes through nodes ``model``, ``lora0``..., ``patch0``..., ``quantize``, ``compile``; the rest are
-    ``text``, ``empty``, ``sampler`` and ``save``.
+    The MODEL goes through nodes ``model``, ``lora0``..., ``patch0``..., ``quantize``, ``offload``, ``compile``; the
+    rest are ``text``, ``empty``, ``sampler`` and ``save``.
 
     Args:
         checkpoint: file name in the host's ``diffusion_models`` folder; ``flux`` describes it.
         loras: (file name, strength) for each LoraLoaderModelOnly.
         patches: (kind, strength) for each HotPathDevPatch.
         quantized: format of Quantize Repeated Blocks; None leaves the node out.
+        modulation: input of Offload Repeated Blocks; None leaves the node out.
         compiled: inputs of Compile Repeated Blocks other than its defaults; None leaves the node out.
         report: end in a Compile Report, node ``report``.
     """
@@ -53,6 +55,8 @@ def sampling(
         model = add(f"patch{index}", "HotPathDevPatch", model=model, kind=kind, strength=strength)
     if quantized is not None:
         model = add("quantize", "HotPathQuantizeRepeatedBlocks", model=model, format=quantized, skip="")
+    if modulation is not None:
+        model = add("offload", "HotPathOffloadRepeatedBlocks", model=model, modulation=modulation)
     if compiled is not None:
         model = add("compile", "HotPathCompileRepeatedBlocks", model=model, **{**COMPILE_DEFAULTS, **compiled})
     text = add(

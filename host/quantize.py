@@ -87,7 +87,7 @@ def quantize_repeated_blocks(model: ModelPatcher, format: str, skip: str, text: 
     diffusion_model = require_blocks(model, "quantize")
     wanted = require_format(format, model.load_device)
     _refuse_patched_objects(model)
-    formats, counts = _choose(diffusion_model, wanted, skip)
+    formats, counts = choose(diffusion_model, wanted, skip)
     last = _LAST.get(model.model)
     if last is None or last.formats != formats or last.patcher.load_device != model.load_device:
         last = _LAST[model.model] = _quantize(model, formats, counts, text)
@@ -126,8 +126,12 @@ def _blocks(diffusion_model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             yield f"{kind.attribute}.{index}", block
 
 
-def _choose(diffusion_model: nn.Module, wanted: Format, skip: str) -> tuple[dict[str, Format], Counter[str]]:
-    """The format of each layer to quantize, and how many layers of which kind that is and are left."""
+def choose(diffusion_model: nn.Module, wanted: Format, skip: str) -> tuple[dict[str, Format], Counter[str]]:
+    """The format of each layer to quantize, and how many layers of which kind that is and are left.
+
+    Raises:
+        ValueError: a layer is quantized already or of a foreign class, or nothing is left to quantize.
+    """
     patterns = [pattern for pattern in map(str.strip, skip.split(",")) if pattern]
     unused, names = set(patterns), []
     formats: dict[str, Format] = {}

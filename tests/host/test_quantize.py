@@ -254,7 +254,7 @@ def full_width():
 def test_memory_of_blocks_of_full_width(full_width, format):
     if "ComfyUI" in (FORMATS[format].missing(torch.device("cpu")) or ""):
         pytest.skip("this ComfyUI has no such layers")
-    formats, counts = host_quantize._choose(full_width.model.diffusion_model, FORMATS[format], "")
+    formats, counts = host_quantize.choose(full_width.model.diffusion_model, FORMATS[format], "")
     with torch.inference_mode():
         done = host_quantize._quantize(full_width, formats, counts, Texts()).done
     # A power of two for each 32 values is a thirty-second more.

@@ -84,7 +84,7 @@ def assert_clear(error, names):
 
 def given_workflow(tiny, compiled, quantized=None, **inputs):
     run = dict(width=64, height=64, steps=1, tokens=4, compiled=compiled, quantized=quantized, report=True)
-    workflow = sampling(tiny.checkpoint, tiny.flux, **run)
+    workflow = sampling(tiny.checkpoint, tiny.flux, modulation="ahead", **run)
     for node, changes in inputs.items():
         workflow[node]["inputs"].update(changes)
     for node in workflow.values():
@@ -112,8 +112,15 @@ def test_any_inputs_of_the_quantize_node(tiny, format, skip):
     assert_clear(outcome(tiny.server, workflow), inputs)
 
 
+@settings(FUZZ, max_examples=60)
+@given(modulation=st.one_of(st.sampled_from(["ahead", "in place"]), ODD, st.just(MISSING)))
+def test_any_input_of_the_offload_node(tiny, modulation):
+    workflow = given_workflow(tiny, {"backend": "eager"}, offload={"modulation": modulation})
+    assert_clear(outcome(tiny.server, workflow), ["modulation"])
+
+
 @settings(FUZZ, max_examples=300)
-@given(node=st.sampled_from(["quantize", "compile", "report"]), model=ODD, after=ODD)
+@given(node=st.sampled_from(["quantize", "offload", "compile", "report"]), model=ODD, after=ODD)
 def test_any_value_in_place_of_a_link(tiny, node, model, after):
     changes = {"report": {"after": after}, node: {"model": model}}
     workflow = given_workflow(tiny, {"backend": "eager"}, "int8_weight_only", **changes)

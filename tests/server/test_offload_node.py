@@ -1,0 +1,43 @@
+"""Offload Repeated Blocks over the host's API."""
+
+import pytest
+import requests
+import torch
+from hotpath_pack.devtools.server import PromptFailed
+from live import TOLERANCE
+
+NODE = "HotPathOffloadRepeatedBlocks"
+LORA = [("style.safetensors", 0.7)]
+
+
+def test_the_node_is_described(small_flux):
+    schema = small_flux.server.get(f"/object_info/{NODE}")[NODE]
+    assert (schema["display_name"], schema["output"]) == ("Offload Repeated Blocks", ["MODEL"])
+    inputs = schema["input"]["required"]
+    assert list(inputs) == ["model", "modulation"] and all(options["tooltip"] for _, options in inputs.values())
+    page = requests.get(f"{small_flux.server.url}/extensions/HotPath/docs/{NODE}.md", timeout=10)
+    assert page.text.startswith("# Offload Repeated Blocks")
+
+
+@pytest.mark.parametrize("quantized", [None, "int8_dynamic"])
+def test_the_same_bits_and_compiled_the_same_image(small_flux, quantized):
+    if quantized and quantized not in str(small_flux.server.get("/object_info/HotPathQuantizeRepeatedBlocks")):
+        pytest.skip(f"this ComfyUI has no {quantized}")
+    run = dict(loras=LORA, quantized=quantized, steps=3)
+    eager = small_flux.latent(**run)
+    result = small_flux.sample(**run, modulation="ahead", report=True)
+    assert torch.equal(small_flux.server.latent(result), eager)
+    texts = [text for node, text in result.texts if node == "offload"]
+    assert texts[0] == "making modulation for 4 vectors ahead ..."
+    assert texts[1].startswith("modulation made ahead for 4 vectors (")
+    assert texts[1] in result.history["outputs"]["report"]["text"][0]
+    (made,) = (entry for entry in small_flux.server.report()["modulation"] if entry["vectors"])
+    assert made["node_id"] == "offload" and made["vectors"] == 4 and made["table_bytes"] > 0
+    fast = small_flux.latent(**run, modulation="ahead", compiled={"backend": "aot_eager"})
+    assert (fast - eager).abs().max() <= TOLERANCE
+
+
+def test_an_odd_input_is_named_and_the_next_prompt_runs(small_flux):
+    with pytest.raises(PromptFailed, match="'never' not in \\['ahead', 'in place'\\]"):
+        small_flux.sample(modulation="never")
+    assert torch.equal(small_flux.latent(modulation="in place"), small_flux.latent())
