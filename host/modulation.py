@@ -68,6 +68,11 @@ class ModulationAhead:
         self.in_place.clear()
         self._shown = ""
 
+    def stop(self, patcher: ModelPatcher, unpatch_all: bool) -> None:
+        """The host unloads the model, or with ``unpatch_all`` off makes room for another clone of it."""
+        if unpatch_all:
+            self._states.pop(patcher.model, None)
+
     def __call__(
         self,
         executor: WrapperExecutor,
@@ -177,6 +182,7 @@ class _State:
     def _give(self, path: str, vector: Tensor) -> Any:
         # The host hands one vector to all blocks, and looking at its content waits for the device.
         if self._seen is None or vector is not self._seen[0]:
+            self.refuse_changed_vector()
             key = content_key(vector)
             self._row = self.table.get(key) or self._fill(key, vector)
             self._seen = vector, key
@@ -206,10 +212,11 @@ class _State:
 
     def _usable(self, diffusion_model: nn.Module, patcher: ModelPatcher) -> dict[str, Any]:
         """The modulation modules by path, but of blocks where one would not compute as the host defines it."""
-        found = {}
+        found, any_of_their_own = {}, False
         for kind in KINDS:
             for index, block in enumerate(kind.blocks(diffusion_model)):
                 modules = {f"{kind.attribute}.{index}.{name}": module for name, module in modulations(block).items()}
+                any_of_their_own |= bool(modules)
                 try:
                     for path, module in modules.items():
                         _refuse_changed(path, module, patcher)
@@ -217,7 +224,7 @@ class _State:
                     self._owner.tell(str(reason))
                 else:
                     found.update(modules)
-        if not modulation_layers(diffusion_model):
+        if not any_of_their_own:
             self._owner.tell("the blocks of this model have no modulation layers of their own")
         return found
 
@@ -227,7 +234,8 @@ class _State:
         parameters = [
             parameter for layer in layers for parameter in layer._parameters.values() if parameter is not None
         ]
-        which, versions = (patcher.patches_uuid, tuple(self._modules)), [_version(item) for item in parameters]
+        which = patcher.patches_uuid, patcher.load_device, tuple(self._modules)
+        versions = [_version(item) for item in parameters]
         made_from, known, known_versions = self._made_from
         same = len(known) == len(parameters) and all(ref() is item for ref, item in zip(known, parameters, strict=True))
         if made_from != which or not same or known_versions != versions:
@@ -241,7 +249,9 @@ def _why_in_place(patcher: ModelPatcher | None, options: Mapping[str, Any]) -> s
         return "another node compiles the whole model"
     if torch.is_grad_enabled():
         return "gradients are being recorded"
-    if patcher is None or patcher.current_hooks is not None:
+    if patcher is None:
+        return "the model is called outside of sampling"
+    if patcher.current_hooks is not None:
         return "LoRAs change while sampling (hooks)"
     return None
 

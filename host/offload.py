@@ -40,7 +40,8 @@ def offload_repeated_blocks(model: ModelPatcher, modulation: str, text: NodeText
     layers = modulation_layers(require_blocks(model, "offload"))
     offloaded = model.clone()
     offloaded.remove_wrappers_with_key(WrappersMP.APPLY_MODEL, KEY)
-    offloaded.remove_callbacks_with_key(CallbacksMP.ON_PRE_RUN, KEY)
+    for callback in (CallbacksMP.ON_PRE_RUN, CallbacksMP.ON_DETACH):
+        offloaded.remove_callbacks_with_key(callback, KEY)
     offloaded.remove_attachments(KEY)
     if type(offloaded) is LeavesOut:
         offloaded.__class__ = ModelPatcher
@@ -51,6 +52,7 @@ def offload_repeated_blocks(model: ModelPatcher, modulation: str, text: NodeText
         others = offloaded.wrappers.get(WrappersMP.APPLY_MODEL, {})
         offloaded.wrappers[WrappersMP.APPLY_MODEL] = {KEY: [ahead], **others}
         offloaded.add_callback_with_key(CallbacksMP.ON_PRE_RUN, KEY, ahead.start)
+        offloaded.add_callback_with_key(CallbacksMP.ON_DETACH, KEY, ahead.stop)
     return offloaded
 
 

@@ -209,6 +209,37 @@ def test_a_patch_that_writes_into_the_vector_is_refused(flux):
     assert torch.equal(sample(offloaded(offloaded(patched), "in place")), sample(patched))
 
 
+def test_a_patch_that_writes_into_the_vector_of_earlier_blocks_is_refused_too(flux):
+    def writes(args, extra):
+        args["vec"].mul_(0.9)
+        return extra["original_block"](args)
+
+    def hides(args, extra):
+        return extra["original_block"]({**args, "vec": args["vec"] * 1.0})
+
+    patched = flux.clone()
+    patched.set_model_patch_replace(writes, "dit", "single_block", 1)
+    patched.set_model_patch_replace(hides, "dit", "single_block", 2)
+    with pytest.raises(RuntimeError, match="Set modulation to 'in place'"):
+        sample(offloaded(patched))
+
+
+def test_an_interrupt_while_it_is_made(flux, monkeypatch):
+    ahead, left = offloaded(flux), [3]
+
+    def interrupt():
+        left[0] -= 1
+        if not left[0]:
+            raise comfy.model_management.InterruptProcessingException
+
+    with monkeypatch.context() as patch, pytest.raises(comfy.model_management.InterruptProcessingException):
+        patch.setattr(comfy.model_management, "throw_exception_if_processing_interrupted", interrupt)
+        sample(ahead)
+    assert ahead_of(ahead).vectors == 0
+    assert not any("forward" in module.__dict__ for module in flux.model.modules())
+    assert_same_bits(flux, ahead)
+
+
 def test_compiled_it_is_two_graphs_without_modulation(flux, flux_weights):
     weights = checkpoints.lora(flux_weights)
     with Counting() as counting, torch._dynamo.config.patch(error_on_recompile=True):
@@ -321,6 +352,11 @@ def test_nothing_outlives_the_model(flux_weights):
     ahead = offloaded(flux)
     sample(ahead)
     wrapper, model = ahead_of(ahead), weakref.ref(flux.model)
+    assert wrapper.vectors
+    with torch.inference_mode():
+        comfy.model_management.unload_all_models()
+    assert wrapper.vectors == 0, "the host unloads the model"
+    sample(ahead)
     assert wrapper.vectors
     del flux, ahead
     comfy.model_management.unload_all_models()
