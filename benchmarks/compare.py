@@ -45,6 +45,9 @@ EVENTS: Mapping[str, tuple[str, Step]] = {
     "70 % offloaded": ("offload", replace(BASE, resident=0.3)),
     "batch of 2": ("batch", replace(BASE, batch=2)),
 }
+GROUPS = tuple(dict.fromkeys(group for group, _ in EVENTS.values()))
+COLOURS = ("#4269d0", "#efb118", "#ff725c", "#6cc5b0", "#a463f2", "#9c6b4e")
+_BAR, _GAP, _LEFT, _WIDTH = 26, 16, 110, 900
 _RUNNER = "import runpy, sys; sys.path[:] = [sys.argv.pop(1), *filter(None, sys.path)]; "
 _RUNNER += "runpy.run_module(sys.argv.pop(1), run_name='__main__', alter_sys=True)"
 
@@ -59,8 +62,10 @@ class Event:
 
 @dataclass
 class Side:
-    """``cold``: CPU seconds of the first step in each process; ``steps``: of each steady one."""
+    """``cold``: CPU seconds of the first step in each process; ``start``: of starting the compiler before it, which is
+    the same whatever it compiles; ``steps``: of each steady step."""
 
+    start: list[float] = field(default_factory=list)
     cold: list[float] = field(default_factory=list)
     cold_wall: list[float] = field(default_factory=list)
     graphs: int = 0
@@ -68,6 +73,11 @@ class Side:
     steps: list[float] = field(default_factory=list)
     events: dict[str, Event] = field(default_factory=dict)
     largest_difference: float = 0.0
+
+    @property
+    def first(self) -> list[float]:
+        """The first step with all that it takes."""
+        return [start + cold for start, cold in zip(self.start, self.cold, strict=True)]
 
     @property
     def graphs_in_all(self) -> int:
@@ -94,7 +104,7 @@ class Comparison:
 class Process:
     """A running side."""
 
-    def __init__(self, name: str, folder: Path, cache: Path, backend: str) -> None:
+    def __init__(self, name: str, comfyui: Path, folder: Path, cache: Path, backend: str) -> None:
         self.cache = cache
         self._log = folder / f"{cache.name}.log"
         threads = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "TORCHINDUCTOR_COMPILE_THREADS": "1"}
@@ -105,7 +115,7 @@ class Process:
         with self._log.open("wb") as log:
             self._process = subprocess.Popen(
                 command,
-                env={**os.environ, **threads, **caches, "HF_HUB_OFFLINE": "1"},
+                env={**os.environ, **threads, **caches, "COMFYUI_PATH": str(comfyui), "HF_HUB_OFFLINE": "1"},
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=log,
@@ -113,7 +123,7 @@ class Process:
                 encoding="utf-8",
             )
         try:
-            self.versions = self._answer()
+            self.ready = self._answer()
         except BaseException:
             self.stop()
             raise
@@ -139,7 +149,11 @@ class Process:
 
 
 def compare_sides(
-    blocks: tuple[int, int], rounds: int, quick: bool, show: Callable[[str], None], names: Sequence[str] = SIDES
+    comfyui: Path,
+    blocks: tuple[int, int],
+    rounds: int,
+    quick: bool,
+    show: Callable[[str], None],
 ) -> Comparison:
     """Measure all sides on a tiny Flux.1 of so many double and single blocks.
 
@@ -149,7 +163,7 @@ def compare_sides(
     Raises:
         HostFailed: a side ended; the message has the end of its log.
     """
-    comparison = Comparison(blocks, quick, _machine(), {name: Side() for name in names})
+    comparison = Comparison(blocks, quick, _machine(), {name: Side() for name in SIDES})
     # Dynamo's backend that generates nothing: it traces the same graphs.
     backend = "eager" if quick else "inductor"
     with tempfile.TemporaryDirectory(prefix="hotpath-") as temporary:
@@ -158,11 +172,12 @@ def compare_sides(
         save(folder / CHECKPOINT, weights)
         save(folder / LORA, lora(weights))
         for number in range(1, rounds + 1):
-            with _processes(names, folder, number, backend) as processes:
+            with _processes(comfyui, folder, number, backend) as processes:
                 for name, start in processes.items():
                     show(f"{name}, first step, round {number} of {rounds}")
                     process = start()
-                    comparison.machine.update(process.versions)
+                    comparison.machine.update(process.ready["versions"])
+                    comparison.sides[name].start.append(process.ready["start"])
                     _cold(comparison.sides[name], process.step(BASE))
                 if number == rounds:
                     _warm(comparison, {name: start() for name, start in processes.items()}, show)
@@ -170,19 +185,17 @@ def compare_sides(
 
 
 @contextmanager
-def _processes(
-    names: Sequence[str], folder: Path, number: int, backend: str
-) -> Iterator[dict[str, Callable[[], Process]]]:
+def _processes(comfyui: Path, folder: Path, number: int, backend: str) -> Iterator[dict[str, Callable[[], Process]]]:
     """What starts each side's process, or gives the one that it started; all are ended after."""
     running: dict[str, Process] = {}
 
     def start(name: str) -> Process:
         if name not in running:
-            running[name] = Process(name, folder, folder / f"{name.replace(' ', '_')}_{number}", backend)
+            running[name] = Process(name, comfyui, folder, folder / f"{name.replace(' ', '_')}_{number}", backend)
         return running[name]
 
     try:
-        yield {name: lambda name=name: start(name) for name in names}  # type: ignore[misc]
+        yield {name: lambda name=name: start(name) for name in SIDES}  # type: ignore[misc]
     finally:
         for process in running.values():
             process.stop()
@@ -243,12 +256,12 @@ def problems(comparison: Comparison) -> list[str]:
             found.append(f"{name} differs from eager by {side.largest_difference:.1e}")
     if comparison.quick:
         return found
-    cold = median(ours.cold)
-    if median(comparison.sides["whole model"].cold) < 3 * cold:
-        found.append("the first step is less than 3 times as fast as with the whole model compiled")
+    cold = median(ours.first)
+    if (ratio := median(comparison.sides["whole model"].first) / cold) < 3:
+        found.append(f"the first step with the whole model compiled takes {ratio:.2f} times as long, and not 3 times")
     for name in ("per block", "diffusers"):
-        if min(ours.cold) > max(comparison.sides[name].cold):
-            found.append(f"the first step is slower than {name}'s")
+        if min(ours.first) > max(comparison.sides[name].first):
+            found.append(f"the first step is slower than with {name}")
     if ours.added("sizes") >= 0.02 * cold:
         found.append(f"three sizes added {ours.added('sizes') / cold:.1%} of the first step")
     best = min(comparison.sides, key=lambda name: median(comparison.sides[name].steps))
@@ -264,9 +277,11 @@ def table(comparison: Comparison) -> str:
     rows: list[tuple[str, Callable[[Side], str]]] = []
     if not comparison.quick:
         best = min(median(side.steps) for side in sides.values())
-        cold = median(sides[OURS].cold)
+        first, cold = median(sides[OURS].first), median(sides[OURS].cold)
         rows += [
-            ("First step, CPU seconds", lambda side: _spread(side.cold, "{:.1f}")),
+            ("First step, CPU seconds", lambda side: _spread(side.first, "{:.1f}")),
+            ("... times ours", lambda side: f"{median(side.first) / first:.2f}"),
+            ("... without the compiler's own start", lambda side: _spread(side.cold, "{:.1f}")),
             ("... times ours", lambda side: f"{median(side.cold) / cold:.2f}"),
         ]
     rows.append(("Graphs after the first step", lambda side: str(side.graphs)))
@@ -294,3 +309,42 @@ def _spread(values: Sequence[float], format: str) -> str:
     if not values:
         return "-"
     return f"{format.format(median(values))} ({format.format(min(values))} to {format.format(max(values))})"
+
+
+def picture(comparison: Comparison) -> str:
+    """An SVG: for each side a bar of the CPU seconds that went into compiling, by what made it compile."""
+    spent = {
+        name: {"first step": median(side.first), **{group: max(side.added(group), 0.0) for group in GROUPS}}
+        for name, side in comparison.sides.items()
+        if name != REFERENCE
+    }
+    scale = (_WIDTH - _LEFT - 220) / max(sum(parts.values()) for parts in spent.values())
+    shapes = []
+    colours = dict(zip(("first step", *GROUPS), COLOURS, strict=True))
+    for index, (part, colour) in enumerate(colours.items()):
+        x = _LEFT + index * 125
+        shapes.append(f'<rect x="{x}" y="44" width="12" height="12" fill="{colour}"/>')
+        shapes.append(f'<text x="{x + 18}" y="55">{part}</text>')
+    for index, (name, parts) in enumerate(spent.items()):
+        y, x = 76 + index * (_BAR + _GAP), float(_LEFT)
+        shapes.append(f'<text x="{_LEFT - 10}" y="{y + 18}" text-anchor="end">{name}</text>')
+        for part, seconds in parts.items():
+            shapes.append(
+                f'<rect x="{x:.1f}" y="{y}" width="{seconds * scale:.1f}" height="{_BAR}" fill="{colours[part]}"/>'
+            )
+            x += seconds * scale
+        graphs = comparison.sides[name].graphs_in_all
+        shapes.append(f'<text x="{x + 8:.1f}" y="{y + 18}">{sum(parts.values()):.0f} s, {graphs} graphs</text>')
+    double, single = comparison.blocks
+    title = f"CPU seconds spent compiling a Flux.1 of {double} + {single} blocks, by what made it compile"
+    height = 76 + len(spent) * (_BAR + _GAP)
+    return "\n".join(
+        [
+            f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH} {height}" font-family="sans-serif" '
+            'font-size="14">',
+            '<rect width="100%" height="100%" fill="white"/>',
+            f'<text x="16" y="28" font-size="16">{title}</text>',
+            *shapes,
+            "</svg>\n",
+        ]
+    )

@@ -3,7 +3,7 @@
     python -m benchmarks.sides SIDE FOLDER BACKEND
 
 A line of JSON, the fields of ``Step``, gets a line back, the fields of ``Done``. The first line, written once the
-weights are loaded, has the versions of all that is compared.
+weights are loaded, has the versions of all that is compared, and the CPU seconds that the compiler took to start.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -221,6 +222,13 @@ def _status(name: str) -> int | None:
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:"))
 
 
+def start_compiler(backend: str) -> float:
+    """CPU seconds for the least there is to compile: imports and C++ headers, the same whatever comes after."""
+    before = cpu_seconds()
+    torch.compile(lambda x: x + 1, backend=backend)(torch.zeros(8))
+    return cpu_seconds() - before
+
+
 def run_step(side: HostSide | DiffusersSide, step: Step, output: Path) -> Done:
     from hotpath_pack.hotpath.counters import graphs_so_far
 
@@ -254,12 +262,13 @@ def main(name: str, folder: Path, backend: str) -> None:
 
     args.cpu = args.use_pytorch_cross_attention = True
     logging.getLogger().setLevel(logging.ERROR)
-    import diffusers
     from comfyui_version import __version__ as comfyui
 
     side = make_side(name, folder, backend)
-    ready = {"torch": torch.__version__, "ComfyUI": comfyui, "diffusers": diffusers.__version__}
-    print(json.dumps(ready), file=answers, flush=True)
+    versions = {"torch": torch.__version__, "ComfyUI": comfyui, "diffusers": version("diffusers")}
+    start = 0.0 if name == "eager" else start_compiler(backend)
+    torch._dynamo.utils.counters.clear()
+    print(json.dumps({"versions": versions, "start": start}), file=answers, flush=True)
     for number, line in enumerate(sys.stdin):
         done = run_step(side, Step(**json.loads(line)), folder / f"{name} {os.getpid()} {number}.safetensors")
         print(json.dumps(asdict(done)), file=answers, flush=True)
