@@ -13,8 +13,8 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from statistics import median
@@ -102,10 +102,10 @@ class Comparison:
 
 
 class Process:
-    """A running side."""
+    """A running side, with a compiler cache of its own."""
 
     def __init__(self, name: str, comfyui: Path, folder: Path, cache: Path, backend: str) -> None:
-        self.cache = cache
+        self._cache = cache
         self._log = folder / f"{cache.name}.log"
         threads = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "TORCHINDUCTOR_COMPILE_THREADS": "1"}
         # Inductor keeps its precompiled headers among temporary files.
@@ -122,24 +122,23 @@ class Process:
                 text=True,
                 encoding="utf-8",
             )
-        try:
-            self.ready = self._answer()
-        except BaseException:
-            self.stop()
-            raise
 
     def step(self, step: Step) -> Done:
         pipe: IO[str] | None = self._process.stdin
         assert pipe is not None
         pipe.write(json.dumps(asdict(step)) + "\n")
         pipe.flush()
-        return Done(**self._answer())
+        return Done(**self.answer())
 
-    def stop(self) -> None:
+    def __enter__(self) -> Process:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
         with self._process:
             self._process.terminate()
+        shutil.rmtree(self._cache, ignore_errors=True)
 
-    def _answer(self) -> dict[str, Any]:
+    def answer(self) -> dict[str, Any]:
         assert self._process.stdout is not None
         line = self._process.stdout.readline()
         if not line:
@@ -172,37 +171,23 @@ def compare_sides(
         save(folder / CHECKPOINT, weights)
         save(folder / LORA, lora(weights))
         for number in range(1, rounds + 1):
-            with _processes(comfyui, folder, number, backend) as processes:
-                for name, start in processes.items():
+            with ExitStack() as stack:
+                processes: dict[str, Process] = {}
+                for name in SIDES:
+                    cache = folder / f"{name.replace(' ', '_')}_{number}"
+                    processes[name] = stack.enter_context(Process(name, comfyui, folder, cache, backend))
+                for process in processes.values():
+                    comparison.machine.update(process.answer())
+                for name, process in processes.items():
                     show(f"{name}, first step, round {number} of {rounds}")
-                    process = start()
-                    comparison.machine.update(process.ready["versions"])
-                    comparison.sides[name].start.append(process.ready["start"])
                     _cold(comparison.sides[name], process.step(BASE))
                 if number == rounds:
-                    _warm(comparison, {name: start() for name, start in processes.items()}, show)
+                    _warm(comparison, processes, show)
     return comparison
 
 
-@contextmanager
-def _processes(comfyui: Path, folder: Path, number: int, backend: str) -> Iterator[dict[str, Callable[[], Process]]]:
-    """What starts each side's process, or gives the one that it started; all are ended after."""
-    running: dict[str, Process] = {}
-
-    def start(name: str) -> Process:
-        if name not in running:
-            running[name] = Process(name, comfyui, folder, folder / f"{name.replace(' ', '_')}_{number}", backend)
-        return running[name]
-
-    try:
-        yield {name: lambda name=name: start(name) for name in SIDES}  # type: ignore[misc]
-    finally:
-        for process in running.values():
-            process.stop()
-            shutil.rmtree(process.cache, ignore_errors=True)
-
-
 def _cold(side: Side, done: Done) -> None:
+    side.start.append(done.start)
     side.cold.append(done.cpu)
     side.cold_wall.append(done.wall)
     side.graphs = done.graphs
@@ -318,23 +303,22 @@ def picture(comparison: Comparison) -> str:
         for name, side in comparison.sides.items()
         if name != REFERENCE
     }
+    colours = dict(zip(("first step", *GROUPS), COLOURS, strict=True))
     scale = (_WIDTH - _LEFT - 220) / max(sum(parts.values()) for parts in spent.values())
     shapes = []
-    colours = dict(zip(("first step", *GROUPS), COLOURS, strict=True))
     for index, (part, colour) in enumerate(colours.items()):
-        x = _LEFT + index * 125
-        shapes.append(f'<rect x="{x}" y="44" width="12" height="12" fill="{colour}"/>')
-        shapes.append(f'<text x="{x + 18}" y="55">{part}</text>')
+        left = _LEFT + index * 125
+        shapes.append(f'<rect x="{left}" y="44" width="12" height="12" fill="{colour}"/>')
+        shapes.append(f'<text x="{left + 18}" y="55">{part}</text>')
     for index, (name, parts) in enumerate(spent.items()):
-        y, x = 76 + index * (_BAR + _GAP), float(_LEFT)
-        shapes.append(f'<text x="{_LEFT - 10}" y="{y + 18}" text-anchor="end">{name}</text>')
+        top, end = 76 + index * (_BAR + _GAP), float(_LEFT)
+        shapes.append(f'<text x="{_LEFT - 10}" y="{top + 18}" text-anchor="end">{name}</text>')
         for part, seconds in parts.items():
-            shapes.append(
-                f'<rect x="{x:.1f}" y="{y}" width="{seconds * scale:.1f}" height="{_BAR}" fill="{colours[part]}"/>'
-            )
-            x += seconds * scale
+            width = seconds * scale
+            shapes.append(f'<rect x="{end:.1f}" y="{top}" width="{width:.1f}" height="{_BAR}" fill="{colours[part]}"/>')
+            end += width
         graphs = comparison.sides[name].graphs_in_all
-        shapes.append(f'<text x="{x + 8:.1f}" y="{y + 18}">{sum(parts.values()):.0f} s, {graphs} graphs</text>')
+        shapes.append(f'<text x="{end + 8:.1f}" y="{top + 18}">{sum(parts.values()):.0f} s, {graphs} graphs</text>')
     double, single = comparison.blocks
     title = f"CPU seconds spent compiling a Flux.1 of {double} + {single} blocks, by what made it compile"
     height = 76 + len(spent) * (_BAR + _GAP)

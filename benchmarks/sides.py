@@ -3,7 +3,7 @@
     python -m benchmarks.sides SIDE FOLDER BACKEND
 
 A line of JSON, the fields of ``Step``, gets a line back, the fields of ``Done``. The first line, written once the
-weights are loaded, has the versions of all that is compared, and the CPU seconds that the compiler took to start.
+weights are loaded, has the versions of all that is compared.
 """
 
 from __future__ import annotations
@@ -44,9 +44,13 @@ class Step:
 
 @dataclass(frozen=True)
 class Done:
-    """CPU seconds of this process and its compilers, seconds on the clock, graphs so far, and the memory above what was
-    resident before, in bytes, where the system tells."""
+    """``start``: CPU seconds that the compiler took to start, before the first step and no part of it.
 
+    ``cpu``: CPU seconds of the step, in this process and its compilers; ``wall``: seconds on the clock. ``graphs``: all so
+    far. ``memory``: bytes above what was resident before, where the system tells.
+    """
+
+    start: float
     cpu: float
     wall: float
     graphs: int
@@ -226,13 +230,17 @@ def start_compiler(backend: str) -> float:
     """CPU seconds for the least there is to compile: imports and C++ headers, the same whatever comes after."""
     before = cpu_seconds()
     torch.compile(lambda x: x + 1, backend=backend)(torch.zeros(8))
+    # Its graph is none of the side's.
+    torch._dynamo.utils.counters.clear()
     return cpu_seconds() - before
 
 
-def run_step(side: HostSide | DiffusersSide, step: Step, output: Path) -> Done:
+def run_step(side: HostSide | DiffusersSide, step: Step, output: Path, backend: str | None) -> Done:
+    """``backend``: the compiler to start first; None where it has started, or none is used."""
     from hotpath_pack.hotpath.counters import graphs_so_far
 
     run = side.prepare(step)
+    start = 0.0 if backend is None else start_compiler(backend)
     before = _status("VmRSS")
     if before is not None:
         # Linux measures the peak anew from here.
@@ -249,7 +257,7 @@ def run_step(side: HostSide | DiffusersSide, step: Step, output: Path) -> Done:
     peak = _status("VmHWM")
     save_file({"out": out.contiguous().clone()}, output)
     memory = None if before is None or peak is None else peak - before
-    return Done(took[0], took[1], graphs_so_far(), memory, str(output))
+    return Done(start, *took, graphs_so_far(), memory, str(output))
 
 
 def main(name: str, folder: Path, backend: str) -> None:
@@ -266,11 +274,11 @@ def main(name: str, folder: Path, backend: str) -> None:
 
     side = make_side(name, folder, backend)
     versions = {"torch": torch.__version__, "ComfyUI": comfyui, "diffusers": version("diffusers")}
-    start = 0.0 if name == "eager" else start_compiler(backend)
-    torch._dynamo.utils.counters.clear()
-    print(json.dumps({"versions": versions, "start": start}), file=answers, flush=True)
+    print(json.dumps(versions), file=answers, flush=True)
+    to_start = None if name == "eager" else backend
     for number, line in enumerate(sys.stdin):
-        done = run_step(side, Step(**json.loads(line)), folder / f"{name} {os.getpid()} {number}.safetensors")
+        output = folder / f"{name} {os.getpid()} {number}.safetensors"
+        done, to_start = run_step(side, Step(**json.loads(line)), output, to_start), None
         print(json.dumps(asdict(done)), file=answers, flush=True)
 
 

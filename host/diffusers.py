@@ -9,9 +9,9 @@ from typing import Any
 import comfy.ldm.flux.model
 import comfy.utils
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-OLDEST_DIFFUSERS = "0.36.0"
+OLDEST_DIFFUSERS = "0.37.0"
 
 # What the host's Flux code has fixed, by diffusers' class; another value would give another image.
 FIXED: Mapping[str, Mapping[str, Any]] = {
@@ -81,7 +81,7 @@ def require_diffusers(node: str) -> Any:
     return diffusers
 
 
-def on_meta(kind: Any, config: Mapping[str, Any]) -> nn.Module:
+def on_meta(kind: Any, config: Mapping[str, Any]) -> Any:
     """diffusers' model without its weights."""
     with torch.device("meta"):
         return kind.from_config(dict(config)).requires_grad_(False)
@@ -125,7 +125,7 @@ def config_of(diffusion_model: Any) -> dict[str, Any]:
     Raises:
         ValueError: diffusers has no class for the model.
     """
-    params = getattr(diffusion_model, "params", None)
+    params: Any = getattr(diffusion_model, "params", None)
     if type(diffusion_model) is not comfy.ldm.flux.model.Flux or params.yak_mlp or params.txt_norm:
         raise ValueError(
             f"model: this is {type(diffusion_model).__name__}, and only Flux.1 and Flux.2 can become a folder of "
@@ -147,7 +147,7 @@ def config_of(diffusion_model: Any) -> dict[str, Any]:
     return config
 
 
-def transformer_of(config: Mapping[str, Any], weights: Mapping[str, Tensor]) -> nn.Module:
+def transformer_of(config: Mapping[str, Any], weights: Mapping[str, Tensor]) -> Any:
     """diffusers' model of a config of its, with the host's ``weights``, whose memory it shares wherever it can.
 
     Raises:

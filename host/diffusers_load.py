@@ -109,7 +109,7 @@ def _read_config(folder: Path) -> tuple[dict[str, Any], dict[str, Size]]:
         given = diffusers.FluxTransformer2DModel.load_config(str(folder), local_files_only=True)
     except (OSError, ValueError) as error:
         raise ValueError(f"{path} can't be read as a config of diffusers: {error}") from error
-    kind = given.get("_class_name") if isinstance(given, dict) else None
+    kind: Any = given.get("_class_name") if isinstance(given, dict) else None
     if kind not in FIXED:
         raise ValueError(f"{path}: this is {kind or 'no model of diffusers'}, and not {' or '.join(FIXED)}.")
     if quantization := given.get("quantization_config"):

@@ -57,7 +57,7 @@ def save_as_diffusers_flux(
     )
     folder = Path(root) / f"{filename}_{counter:05}_"
     unfinished = folder.with_name(f".{folder.name}.part")
-    transformer: Any = transformer_of(config, _baked(model, text))
+    transformer = transformer_of(config, _baked(model, text))
     text.show(f"writing {sum(weight.nbytes for weight in transformer.parameters()) / 2**20:.0f} MiB ...")
     try:
         transformer.save_pretrained(unfinished, max_shard_size=max_shard_size)
