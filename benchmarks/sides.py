@@ -46,8 +46,8 @@ class Step:
 class Done:
     """``start``: CPU seconds that the compiler took to start, before the first step and no part of it.
 
-    ``cpu``: CPU seconds of the step, in this process and its compilers; ``wall``: seconds on the clock. ``graphs``: so far.
-    ``memory``: bytes above what was resident before, where the system tells.
+    ``cpu``: CPU seconds of the step, in this process and its compilers. ``wall``: seconds on the clock. ``graphs``: all
+    so far. ``memory``: bytes above what was resident before, where the system tells.
     """
 
     start: float

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,9 +17,10 @@ import folder_paths
 import torch
 from comfy.model_patcher import ModelPatcher
 from safetensors import SafetensorError, safe_open
-from torch import Size, nn
+from torch import Size, Tensor, nn
 
 from .diffusers import FIXED, Place, on_meta, places, require_diffusers, unlike_the_host
+from .diffusers_int8 import Int8Rows, int8_layout
 from .progress import NodeText
 
 log = logging.getLogger(__name__)
@@ -85,25 +86,27 @@ def load_folder(folder: Path, text: NodeText | None = None, disable_dynamic: boo
     """As ``load_diffusers_flux``. The host calls it again for a second copy (multi-GPU, without dynamic VRAM)."""
     text = text or NodeText(None)
     text.show(f"reading {CONFIG} ...")
-    config, shapes = _read_config(folder)
+    config, shapes, layout = _read_config(folder)
     files = _weight_files(folder)
-    stored = _stored(folder, files)
-    _check(folder, config, shapes, stored)
+    stored = _stored(files)
+    dtypes = _FLOATS if layout is None else (*_FLOATS, torch.int8)
+    _check(folder, config, shapes, stored if layout is None else layout.weights(stored), dtypes)
     table = {key: place for key, place in places(config).items() if key in shapes}
-    model = _without_weights(folder, table, stored, disable_dynamic)
-    weights = _own_memory(model.model.diffusion_model)
-    progress = comfy.utils.ProgressBar(len(stored))
-    for number, file in enumerate(files, 1):
-        text.show(f"reading {file.name} ({number} of {len(files)}) ...")
-        _read(file, table, weights, progress)
+    tensors = _tensors(files, len(stored), text)
+    if layout is None:
+        model = _host_model(folder, _stand_ins(table, stored), disable_dynamic)
+        _fill(model.model.diffusion_model, tensors, table)
+    else:
+        model = _host_model(folder, layout.state_dict(folder, dict(tensors), table), disable_dynamic)
     text.show(f"{config['_class_name']}: {len(stored)} weights from {len(files)} file{'s' * (len(files) > 1)}")
     log.info("loaded %s from %s", config["_class_name"], folder)
     model.cached_patcher_init = (load_folder, (folder, None))
     return model
 
 
-def _read_config(folder: Path) -> tuple[dict[str, Any], dict[str, Size]]:
-    """The config with diffusers' defaults filled in, and the shapes of the weights that go with it."""
+def _read_config(folder: Path) -> tuple[dict[str, Any], dict[str, Size], Int8Rows | None]:
+    """The config with diffusers' defaults filled in, the shapes of the weights that go with it, and how they are
+    quantized."""
     diffusers, path = require_diffusers(NODE), folder / CONFIG
     try:
         given = diffusers.FluxTransformer2DModel.load_config(str(folder), local_files_only=True)
@@ -112,12 +115,8 @@ def _read_config(folder: Path) -> tuple[dict[str, Any], dict[str, Size]]:
     kind: Any = given.get("_class_name") if isinstance(given, dict) else None
     if kind not in FIXED:
         raise ValueError(f"{path}: this is {kind or 'no model of diffusers'}, and not {' or '.join(FIXED)}.")
-    if quantization := given.get("quantization_config"):
-        method = quantization.get("quant_method", "an unknown method")
-        raise ValueError(
-            f"{path}: the weights are quantized by {method}, in a layout that ComfyUI has no layers for. Take the "
-            "full-precision folder; Quantize Repeated Blocks makes it as small."
-        )
+    quantization = given.get("quantization_config")
+    layout = int8_layout(path, quantization) if quantization else None
     try:
         transformer = on_meta(getattr(diffusers, kind), given)
     except (TypeError, ValueError, RuntimeError, AssertionError) as error:
@@ -125,7 +124,7 @@ def _read_config(folder: Path) -> tuple[dict[str, Any], dict[str, Size]]:
     config = {**transformer.config, "_class_name": kind}
     if other := list(unlike_the_host(config)):
         raise ValueError(f"{path}: ComfyUI's Flux computes otherwise: {'; '.join(other)}.")
-    return config, {name: tensor.shape for name, tensor in transformer.state_dict().items()}
+    return config, {name: tensor.shape for name, tensor in transformer.state_dict().items()}, layout
 
 
 def _weight_files(folder: Path) -> list[Path]:
@@ -154,7 +153,7 @@ def _shards(index: Path) -> list[Path]:
     return [index.parent / name for name in names]
 
 
-def _stored(folder: Path, files: Sequence[Path]) -> dict[str, Stored]:
+def _stored(files: Sequence[Path]) -> dict[str, Stored]:
     stored: dict[str, Stored] = {}
     for path in files:
         try:
@@ -170,7 +169,13 @@ def _stored(folder: Path, files: Sequence[Path]) -> dict[str, Stored]:
     return stored
 
 
-def _check(folder: Path, config: Mapping[str, Any], shapes: Mapping[str, Size], stored: Mapping[str, Stored]) -> None:
+def _check(
+    folder: Path,
+    config: Mapping[str, Any],
+    shapes: Mapping[str, Size],
+    stored: Mapping[str, Stored],
+    dtypes: Collection[torch.dtype],
+) -> None:
     """Raise ValueError, which names the file, unless the files hold the model's weights and nothing else."""
     files = ", ".join(dict.fromkeys(weight.file.name for weight in stored.values()))
     if missing := [key for key in shapes if key not in stored]:
@@ -181,7 +186,7 @@ def _check(folder: Path, config: Mapping[str, Any], shapes: Mapping[str, Size], 
             raise ValueError(f"{weight.file}: {_some(unknown)} belong to no {config['_class_name']} of {CONFIG}.")
         if weight.shape != shapes[key]:
             raise ValueError(f"{weight.file}: {key} is {list(weight.shape)}, and by {CONFIG} {list(shapes[key])}.")
-        if weight.dtype not in _FLOATS:
+        if weight.dtype not in dtypes:
             raise ValueError(f"{weight.file}: {key} is {weight.dtype}, which ComfyUI's Flux does not compute with.")
 
 
@@ -190,39 +195,45 @@ def _some(names: Sequence[str]) -> str:
     return ", ".join(names[:_FEW]) + (f" and {rest} more weights" if rest > 0 else "")
 
 
-def _without_weights(
-    folder: Path, table: Mapping[str, Place], stored: Mapping[str, Stored], disable_dynamic: bool
-) -> ModelPatcher:
-    """The host's loader, on stand-ins of the right shapes and dtypes that take no memory."""
+def _tensors(files: Sequence[Path], count: int, text: NodeText) -> Iterator[tuple[str, Tensor]]:
+    """All weights by diffusers' name, each mapped from its file and read when it is used."""
+    progress = comfy.utils.ProgressBar(count)
+    for number, path in enumerate(files, 1):
+        text.show(f"reading {path.name} ({number} of {len(files)}) ...")
+        with safe_open(path, framework="pt") as file:
+            for key in file.keys():
+                comfy.model_management.throw_exception_if_processing_interrupted()
+                yield key, file.get_tensor(key)
+                progress.update(1)
+
+
+def _stand_ins(table: Mapping[str, Place], stored: Mapping[str, Stored]) -> dict[str, Tensor]:
+    """The host's state dict with the right shapes and dtypes, which takes no memory."""
     shapes: dict[str, tuple[Size, torch.dtype]] = {}
     for key, place in table.items():
         shape, dtype = stored[key].shape, stored[key].dtype
         if place.rows is not None:
-            shape = Size((max(sum(place.rows), shapes.get(place.name, (Size([0]),))[0][0]), *shape[1:]))
+            rows = shapes[place.name][0][0] if place.name in shapes else 0
+            shape = Size((max(rows, sum(place.rows)), *shape[1:]))
         shapes[place.name] = shape, dtype
-    stand_ins = {name: torch.zeros((), dtype=dtype).expand(shape) for name, (shape, dtype) in shapes.items()}
-    model = comfy.sd.load_diffusion_model_state_dict(stand_ins, disable_dynamic=disable_dynamic)
+    return {name: torch.zeros((), dtype=dtype).expand(shape) for name, (shape, dtype) in shapes.items()}
+
+
+def _host_model(folder: Path, state_dict: dict[str, Tensor], disable_dynamic: bool) -> ModelPatcher:
+    model = comfy.sd.load_diffusion_model_state_dict(state_dict, disable_dynamic=disable_dynamic)
     if model is None:
         raise ValueError(f"{folder}: this ComfyUI does not know a Flux of these shapes. Update ComfyUI.")
     return model
 
 
-def _own_memory(diffusion_model: nn.Module) -> dict[str, nn.Parameter]:
-    """The model's weights by name, with memory of their own where the host kept a stand-in."""
+@torch.no_grad()
+def _fill(diffusion_model: nn.Module, tensors: Iterator[tuple[str, Tensor]], table: Mapping[str, Place]) -> None:
     for name, weight in list(diffusion_model.named_parameters()):
+        # With dynamic VRAM the host keeps a stand-in as it is.
         if weight.untyped_storage().nbytes() < weight.nbytes:
             own = torch.empty(weight.shape, dtype=weight.dtype, device=weight.device)
             comfy.utils.set_attr_param(diffusion_model, name, own)
-    return dict(diffusion_model.named_parameters())
-
-
-@torch.no_grad()
-def _read(
-    path: Path, table: Mapping[str, Place], weights: Mapping[str, nn.Parameter], progress: comfy.utils.ProgressBar
-) -> None:
-    with safe_open(path, framework="pt") as file:
-        for key in file.keys():
-            comfy.model_management.throw_exception_if_processing_interrupted()
-            place, tensor = table[key], file.get_tensor(key)
-            place.within(weights).copy_(tensor if place.convert is None else place.convert(tensor))
-            progress.update(1)
+    weights = dict(diffusion_model.named_parameters())
+    for key, tensor in tensors:
+        place = table[key]
+        place.within(weights).copy_(tensor if place.convert is None else place.convert(tensor))

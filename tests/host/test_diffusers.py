@@ -11,6 +11,7 @@ import torch
 from comfy.sd import load_lora_for_models
 from diffusers import AutoencoderKL, Flux2Transformer2DModel, FluxTransformer2DModel
 from hotpath_pack.devtools import checkpoints
+from hotpath_pack.devtools.measure import snr
 from hotpath_pack.host.diffusers_load import diffusers_folders, load_diffusers_flux, load_folder
 from hotpath_pack.host.diffusers_save import save_as_diffusers_flux
 from sampling import TOLERANCE, Texts, assert_two_graphs, compiled, load, sample
@@ -300,7 +301,7 @@ DAMAGE = {
         lambda folder: change_config(
             folder, quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True}
         ),
-        "config.json: the weights are quantized by bitsandbytes, in a layout that ComfyUI has no layers for",
+        "config.json: the weights are quantized by bitsandbytes .* in a layout that ComfyUI has no layers for",
     ),
     "an index that leads elsewhere": (
         lambda folder: change_index(folder, in_another_place),
@@ -397,3 +398,106 @@ def test_reading_takes_the_weights_and_one_file_of_them(dev, tmp_path):
     peak, weights = map(int, done.stdout.split()[-2:])
     assert weights > 400 * 2**20
     assert peak <= weights + max(files) + 16 * 2**20, "16 MiB for what Python and the allocator hold"
+
+
+# Named as bitsandbytes 0.50.2 and optimum-quanto 0.2.7 (through diffusers 0.42.1) were seen to name them.
+INT8 = {
+    "bitsandbytes": (
+        {"quant_method": "bitsandbytes", "load_in_8bit": True},
+        lambda layer, data, scale: {
+            f"{layer}.weight": data,
+            f"{layer}.SCB": scale.flatten() * 127,
+            f"{layer}.weight_format": torch.tensor(0, dtype=torch.uint8),
+        },
+    ),
+    "quanto": (
+        {"quant_method": "quanto", "weights_dtype": "int8", "modules_to_not_convert": None},
+        lambda layer, data, scale: {
+            f"{layer}.weight._data": data,
+            f"{layer}.weight._scale": scale,
+            f"{layer}.input_scale": torch.ones(()),
+            f"{layer}.output_scale": torch.ones(()),
+        },
+    ),
+}
+
+
+def save_int8(method, folder, skip=()):
+    """A Flux.1 dev whose Linear layers are int8; returns diffusers' model of the same dequantized weights."""
+    kind, config, _ = VARIANTS["dev"]
+    transformer = lively(kind, **config)
+    given, stored_as = INT8[method]
+    weights = dict(transformer.state_dict())
+    for layer, module in transformer.named_modules():
+        if isinstance(module, torch.nn.Linear) and layer not in skip:
+            weight = weights.pop(f"{layer}.weight")
+            scale = weight.abs().amax(1, keepdim=True) / 127
+            data = (weight / scale).round().to(torch.int8)
+            weights.update(stored_as(layer, data, scale))
+            module.weight = torch.nn.Parameter(data * scale, requires_grad=False)
+    transformer.save_config(folder)
+    change_config(folder, quantization_config=given)
+    checkpoints.save(folder / "diffusion_pytorch_model.safetensors", weights)
+    return transformer
+
+
+@pytest.mark.parametrize("method", INT8)
+def test_int8_weights_are_loaded_as_they_are(models, method):
+    transformer = save_int8(method, models / "diffusers" / "small")
+    model = load_diffusers_flux("small", Texts())
+    layer = model.model.diffusion_model.double_blocks[0].img_attn.qkv
+    assert (layer.quant_format, layer._full_precision_mm) == ("int8_tensorwise", True)
+    want = [transformer.transformer_blocks[0].attn.get_submodule(name).weight for name in ("to_q", "to_k", "to_v")]
+    assert (layer.weight.dequantize().float() - torch.cat(want)).abs().max() < 1e-2
+    full = load_folder(save_full(transformer, models))
+    assert snr(sample(full), sample(model)) > 35
+    assert_two_graphs(model)
+
+
+def save_full(transformer, models):
+    transformer.save_pretrained(models / "full")
+    return models / "full"
+
+
+def test_half_of_a_merged_layer_quantized(models):
+    save_int8("quanto", models / "diffusers" / "mixed", skip=["transformer_blocks.1.attn.to_k"])
+    with pytest.raises(
+        ValueError, match=r"mixed: transformer_blocks.1.attn.to_q.weight, .* not all of them are quantized"
+    ):
+        load_diffusers_flux("mixed", Texts())
+
+
+@pytest.mark.parametrize(
+    ("quantization", "told"),
+    [
+        (
+            {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"},
+            r"bitsandbytes \(bnb_4b.*nf4\)",
+        ),
+        ({"quant_method": "torchao", "quant_type": "int4wo"}, r"torchao \(quant_type int4wo\)"),
+        ({"quant_method": "quanto", "weights_dtype": "float8"}, r"quanto \(weights_dtype float8\)"),
+        ({"quant_method": "gguf"}, "gguf"),
+        ({"bits": 3}, "an unknown method"),
+    ],
+)
+def test_other_quantization_is_refused_with_the_reason(dev, quantization, told):
+    change_config(dev, quantization_config=quantization)
+    with pytest.raises(
+        ValueError, match=f"config.json: the weights are quantized by {told}.* ComfyUI has no layers for"
+    ):
+        load_diffusers_flux("dev", Texts())
+
+
+def test_with_dynamic_vram_the_weights_get_memory_of_their_own(dev, monkeypatch):
+    """The host then makes layers without weights, and keeps the tensors that it is given; as far as a CPU shows it."""
+    import comfy.memory_management
+    from comfy.model_patcher import ModelPatcher
+
+    want = load_folder(dev)
+    with monkeypatch.context() as patched:
+        patched.setattr(comfy.memory_management, "aimdo_enabled", True)
+        patched.setattr(ModelPatcher, "is_dynamic", lambda self: True)
+        model = load_folder(dev)
+    for name, weight in model.model.diffusion_model.named_parameters():
+        assert weight.is_contiguous() and weight.equal(want.model.diffusion_model.get_parameter(name)), name
+    assert sample(model).equal(sample(want))
