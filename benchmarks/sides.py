@@ -257,7 +257,8 @@ def run_step(side: HostSide | DiffusersSide, step: Step, output: Path, backend: 
     peak = _status("VmHWM")
     save_file({"out": out.contiguous().clone()}, output)
     memory = None if before is None or peak is None else peak - before
-    return Done(start, *took, graphs_so_far(), memory, str(output))
+    cpu, wall = took
+    return Done(start, cpu, wall, graphs_so_far(), memory, str(output))
 
 
 def main(name: str, folder: Path, backend: str) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -27,12 +27,12 @@ _TELLING = ("bnb_4bit_quant_type", "weights_dtype", "quant_type")
 class Int8Rows:
     """How a method names a layer's weight of (rows, columns) and its scales, one for each row in units of ``unit``.
 
-    ``others`` are kept beside them and mean nothing here.
+    ``others`` are kept beside them, and with these values mean nothing.
     """
 
     weight: str
     scale: str
-    others: tuple[str, ...]
+    others: Mapping[str, float]
     unit: float
 
     def weights(self, stored: Mapping[str, T]) -> dict[str, T]:
@@ -46,9 +46,10 @@ class Int8Rows:
         """The host's state dict of a quantized checkpoint.
 
         Raises:
-            ValueError: of layers that are one in the host, not all are quantized.
+            ValueError: of layers that are one in the host, not all are quantized; or scales are not those of rows.
         """
         layers = self._layers(stored)
+        self._check(folder, layers, stored)
         parts: dict[str, list[tuple[Place, str]]] = defaultdict(list)
         for key, place in table.items():
             parts[place.name].append((place, key))
@@ -70,18 +71,33 @@ class Int8Rows:
             state[f"{name.removesuffix('weight')}comfy_quant"] = torch.tensor(list(conf), dtype=torch.uint8)
         return state
 
-    def _layers(self, stored: Iterable[str]) -> set[str]:
-        return {name.removesuffix(self.scale) for name in stored if name.endswith(self.scale)}
+    def _layers(self, stored: Collection[str]) -> set[str]:
+        layers = {name.removesuffix(self.scale) for name in stored if name.endswith(self.scale)}
+        return {layer for layer in layers if layer + self.weight in stored}
+
+    def _check(self, folder: Path, layers: Iterable[str], stored: Mapping[str, Tensor]) -> None:
+        for layer in layers:
+            weight, scale = stored[layer + self.weight], stored[layer + self.scale]
+            if weight.dtype != torch.int8 or scale.numel() != weight.shape[0]:
+                raise ValueError(
+                    f"{folder}: {layer} has {scale.numel()} scales for {weight.shape[0]} rows of {weight.dtype}, and "
+                    "ComfyUI's layers want one for each row of int8."
+                )
+            for suffix, value in self.others.items():
+                if layer + suffix in stored and stored[layer + suffix].ne(value).any():
+                    raise ValueError(f"{folder}: {layer + suffix} is not {value}, as ComfyUI's layers need it.")
 
 
 _LAYOUTS = {
-    "bitsandbytes": Int8Rows(".weight", ".SCB", (".weight_format",), 1 / 127),
-    "quanto": Int8Rows(".weight._data", ".weight._scale", (".input_scale", ".output_scale"), 1.0),
+    "bitsandbytes": Int8Rows(".weight", ".SCB", {".weight_format": 0}, 1 / 127),
+    "quanto": Int8Rows(".weight._data", ".weight._scale", {".input_scale": 1, ".output_scale": 1}, 1.0),
 }
 
 
-def int8_layout(config: Path, quantization: Mapping[str, Any]) -> Int8Rows:
+def int8_layout(config: Path, quantization: Any) -> Int8Rows:
     """How the weights are stored. Raise ValueError, which names the file, for what the host has no layers for."""
+    if not isinstance(quantization, dict):
+        raise ValueError(f"{config}: quantization_config is no mapping. Download it again.")
     method = quantization.get("quant_method")
     if (method == "bitsandbytes" and quantization.get("load_in_8bit")) or (
         method == "quanto" and quantization.get("weights_dtype") == "int8"

@@ -14,6 +14,7 @@ from hotpath_pack.devtools import checkpoints
 from hotpath_pack.devtools.measure import snr
 from hotpath_pack.host.diffusers_load import diffusers_folders, load_diffusers_flux, load_folder
 from hotpath_pack.host.diffusers_save import save_as_diffusers_flux
+from safetensors.torch import load_file
 from sampling import TOLERANCE, Texts, assert_two_graphs, compiled, load, sample
 from test_counts import in_low_vram
 from test_model import in_fill, with_reference
@@ -452,6 +453,34 @@ def test_int8_weights_are_loaded_as_they_are(models, method):
     full = load_folder(save_full(transformer, models))
     assert snr(sample(full), sample(model)) > 35
     assert_two_graphs(model)
+
+
+def change_weights(folder, change):
+    path = folder / "diffusion_pytorch_model.safetensors"
+    weights = load_file(path)
+    change(weights)
+    checkpoints.save(path, weights)
+
+
+@pytest.mark.parametrize(
+    ("method", "change", "message"),
+    [
+        ("bitsandbytes", {"proj_out.SCB": torch.ones(3)}, "proj_out has 3 scales for 64 rows of torch.int8"),
+        (
+            "bitsandbytes",
+            {"proj_out.weight": torch.ones(64, 256)},
+            "proj_out has 64 scales for 64 rows of torch.float32",
+        ),
+        ("bitsandbytes", {"proj_out.weight_format": torch.tensor(1)}, "proj_out.weight_format is not 0"),
+        ("quanto", {"proj_out.input_scale": torch.tensor(0.5)}, "proj_out.input_scale is not 1"),
+        ("quanto", {"stray.weight._scale": torch.ones(3)}, "stray.weight._scale belong to no FluxTransformer2DModel"),
+    ],
+)
+def test_int8_that_the_hosts_layers_cannot_express(models, method, change, message):
+    save_int8(method, models / "diffusers" / "odd")
+    change_weights(models / "diffusers" / "odd", lambda weights: weights.update(change))
+    with pytest.raises(ValueError, match=message):
+        load_diffusers_flux("odd", Texts())
 
 
 def save_full(transformer, models):
