@@ -237,7 +237,8 @@ def problems(comparison: Comparison) -> list[str]:
     for name, side in comparison.sides.items():
         if name not in (REFERENCE, OURS) and side.graphs_in_all <= graphs:
             found.append(f"{name} made no more graphs than ours ({side.graphs_in_all})")
-        if side.largest_difference > TOLERANCE:
+        # What the others compile is theirs, but much more would be other weights or inputs.
+        if side.largest_difference > (TOLERANCE if name == OURS else 10 * TOLERANCE):
             found.append(f"{name} differs from eager by {side.largest_difference:.1e}")
     if comparison.quick:
         return found

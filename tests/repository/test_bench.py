@@ -1,5 +1,6 @@
 """dev.py bench: what it makes of its measurements."""
 
+import json
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -7,7 +8,8 @@ from xml.etree import ElementTree
 
 import pytest
 
-sys.path.append(str(Path(__file__).resolve().parent.parent.parent))
+ROOT = Path(__file__).resolve().parent.parent.parent
+sys.path.append(str(ROOT))
 from benchmarks.compare import EVENTS, Comparison, Event, Side, picture, problems, table
 
 
@@ -53,3 +55,16 @@ def test_the_table_and_the_picture_have_all_sides(measured):
     assert {line.count("|") for line in lines} == {7} and len(lines) > len(EVENTS)
     texts = {element.text for element in ElementTree.fromstring(picture(measured)).iter()}
     assert {"whole model", "per block", "diffusers", "ours", "17 s, 2 graphs"} < texts
+
+
+def test_the_readme_shows_what_was_measured():
+    kept = ROOT / "benchmarks" / "results" / "sides_19_38.json"
+    numbers = json.loads(kept.read_text(encoding="utf-8"))
+    for side in numbers["sides"].values():
+        side["events"] = {name: Event(**event) for name, event in side["events"].items()}
+    sides = {name: Side(**side) for name, side in numbers["sides"].items()}
+    comparison = Comparison(**{**numbers, "sides": sides})
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert table(comparison) in readme
+    assert kept.with_suffix(".svg").read_text(encoding="utf-8") == picture(comparison)
+    assert all(comparison.machine[name] in readme for name in ("CPU", "Python", "ComfyUI", "diffusers"))
