@@ -16,8 +16,8 @@ from .diffusers import Place
 
 T = TypeVar("T")
 
-# The host then multiplies with the dequantized weight, as quanto does.
-_HOST_FORMAT = {"format": "int8_tensorwise", "full_precision_matrix_mult": True}
+# Activations are quantized too, for which the host has no switch in this format.
+_HOST_FORMAT = {"format": "int8_tensorwise"}
 
 # What of a config says which of a method's layouts it is.
 _TELLING = ("bnb_4bit_quant_type", "weights_dtype", "quant_type")

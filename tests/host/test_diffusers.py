@@ -15,7 +15,7 @@ from hotpath_pack.devtools.measure import snr
 from hotpath_pack.host.diffusers_load import diffusers_folders, load_diffusers_flux, load_folder
 from hotpath_pack.host.diffusers_save import save_as_diffusers_flux
 from safetensors.torch import load_file
-from sampling import TOLERANCE, Texts, assert_two_graphs, compiled, load, sample
+from sampling import TOLERANCE, Counting, Texts, assert_two_graphs, compiled, load, sample
 from test_counts import in_low_vram
 from test_model import in_fill, with_reference
 
@@ -145,11 +145,13 @@ def test_gives_what_diffusers_gives_eager_and_compiled(models, variant):
     transformer = lively(kind, **config)
     transformer.save_pretrained(models / "diffusers" / variant)
     model = load_diffusers_flux(variant, Texts())
-    fast = compiled(model, backend="inductor")
-    for change in ({}, {"width": 96, "tokens": 7}):
-        assert_like_diffusers(model, transformer, **{**run, **change})
-        assert_like_diffusers(fast, transformer, **{**run, **change})
-    assert_two_graphs(model, **run)
+    # Generated once for each of the two; what else differs is traced.
+    fast = compiled(model, backend="inductor" if variant in ("dev", "flux2") else "aot_eager")
+    with Counting() as counting:
+        for change in ({}, {"width": 96, "tokens": 7}):
+            assert_like_diffusers(model, transformer, **{**run, **change})
+            assert_like_diffusers(fast, transformer, **{**run, **change})
+    assert (counting.graphs, counting.breaks) == (2, 0)
 
 
 @pytest.mark.parametrize("variant", ["dev", "schnell", "fill", "flux2", "flux2-klein"])
@@ -445,9 +447,11 @@ def save_int8(method, folder, skip=()):
 @pytest.mark.parametrize("method", INT8)
 def test_int8_weights_are_loaded_as_they_are(models, method):
     transformer = save_int8(method, models / "diffusers" / "small")
-    model = load_diffusers_flux("small", Texts())
+    # As nodes do; the host needs it for quantized weights.
+    with torch.inference_mode():
+        model = load_diffusers_flux("small", Texts())
     layer = model.model.diffusion_model.double_blocks[0].img_attn.qkv
-    assert (layer.quant_format, layer._full_precision_mm) == ("int8_tensorwise", True)
+    assert layer.quant_format == "int8_tensorwise"
     want = [transformer.transformer_blocks[0].attn.get_submodule(name).weight for name in ("to_q", "to_k", "to_v")]
     assert (layer.weight.dequantize().float() - torch.cat(want)).abs().max() < 1e-2
     full = load_folder(save_full(transformer, models))
