@@ -8,9 +8,8 @@ from xml.etree import ElementTree
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent.parent
-sys.path.append(str(ROOT))
-from benchmarks.compare import EVENTS, Comparison, Event, Side, picture, problems, table
+sys.path.append(str(Path(__file__).resolve().parent.parent.parent))
+from benchmarks.compare import EVENTS, ROOT, Comparison, Event, Side, picture, problems, table
 
 
 @pytest.fixture
