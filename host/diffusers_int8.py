@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+import comfy.quant_ops
 import torch
 from torch import Tensor
 
@@ -102,6 +103,11 @@ def int8_layout(config: Path, quantization: Any) -> Int8Rows:
     if (method == "bitsandbytes" and quantization.get("load_in_8bit")) or (
         method == "quanto" and quantization.get("weights_dtype") == "int8"
     ):
+        if _HOST_FORMAT["format"] not in comfy.quant_ops.QUANT_ALGOS:
+            raise ValueError(
+                f"{config}: the weights are quantized by {method} in int8, which this ComfyUI has no layers for. Update "
+                "ComfyUI, or take the full-precision folder."
+            )
         return _LAYOUTS[method]
     given = (
         ", ".join(f"{name} {quantization[name]}" for name in _TELLING if quantization.get(name)) or "no further word"

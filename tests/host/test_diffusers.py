@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import comfy.quant_ops
 import folder_paths
 import pytest
 import torch
@@ -444,6 +445,18 @@ def save_int8(method, folder, skip=()):
     return transformer
 
 
+has_int8 = "int8_tensorwise" in comfy.quant_ops.QUANT_ALGOS
+needs_int8 = pytest.mark.skipif(not has_int8, reason="this ComfyUI has no such layers")
+
+
+def test_int8_in_a_comfyui_without_such_layers(models, monkeypatch):
+    monkeypatch.delitem(comfy.quant_ops.QUANT_ALGOS, "int8_tensorwise", raising=False)
+    save_int8("quanto", models / "diffusers" / "small")
+    with pytest.raises(ValueError, match="config.json: the weights are quantized by quanto in int8, .* Update ComfyUI"):
+        load_diffusers_flux("small", Texts())
+
+
+@needs_int8
 @pytest.mark.parametrize("method", INT8)
 def test_int8_weights_are_loaded_as_they_are(models, method):
     transformer = save_int8(method, models / "diffusers" / "small")
@@ -466,6 +479,7 @@ def change_weights(folder, change):
     checkpoints.save(path, weights)
 
 
+@needs_int8
 @pytest.mark.parametrize(
     ("method", "change", "message"),
     [
@@ -492,6 +506,7 @@ def save_full(transformer, models):
     return models / "full"
 
 
+@needs_int8
 def test_half_of_a_merged_layer_quantized(models):
     save_int8("quanto", models / "diffusers" / "mixed", skip=["transformer_blocks.1.attn.to_k"])
     with pytest.raises(
