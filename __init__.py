@@ -5,8 +5,10 @@ from comfy_api.latest import ComfyExtension, io
 from .host import report
 from .nodes.compile_repeated_blocks import CompileRepeatedBlocks
 from .nodes.compile_report import CompileReport
+from .nodes.load_diffusers_flux import LoadDiffusersFlux
 from .nodes.offload_repeated_blocks import OffloadRepeatedBlocks
 from .nodes.quantize_repeated_blocks import QuantizeRepeatedBlocks
+from .nodes.save_as_diffusers_flux import SaveAsDiffusersFlux
 
 WEB_DIRECTORY = "./js"
 
@@ -16,7 +18,14 @@ class HotPathExtension(ComfyExtension):
         report.add_route()
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
-        return [CompileRepeatedBlocks, QuantizeRepeatedBlocks, OffloadRepeatedBlocks, CompileReport]
+        return [
+            CompileRepeatedBlocks,
+            QuantizeRepeatedBlocks,
+            OffloadRepeatedBlocks,
+            CompileReport,
+            LoadDiffusersFlux,
+            SaveAsDiffusersFlux,
+        ]
 
 
 async def comfy_entrypoint() -> HotPathExtension:

@@ -29,15 +29,15 @@ ROOT = Path(__file__).resolve().parent
 PYTHON = ((3, 10), (3, 13))
 ARCHIVE_FOLDER = ("vendor", "ComfyUI")
 REQUIREMENTS = (ROOT / "requirements.txt", ROOT / "tests" / "requirements.txt")
-TEST_MODULES = ("hypothesis", "pytest", "pytest_timeout")
+TEST_MODULES = ("diffusers", "hypothesis", "pytest", "pytest_timeout")
 NEEDED_BYTES = 10_000_000_000
 # Raise it when an environment that an older dev.py made no longer serves.
 FORMAT = 1
 COMMANDS = {
     "demo": "compare a Flux eager and compiled; options --model FILE, --steps N, --size WxH, --out DIR, --json FILE",
     "test": "run the tests; options are pytest's; --matrix: with every ComfyUI and PyTorch supported, in turn",
-    "bench": "measure steps, --soak N prompts, --quantize or --memory; options --rounds N, --model FILE, --steps N, "
-    "--size WxH",
+    "bench": "compare with other ways to compile; options --blocks D+S, --quick, --rounds N, --json FILE, --plot FILE; "
+    "or --model FILE, --soak N, --quantize, --memory",
     "serve": "run ComfyUI with this pack for a browser; options --port N, -- ARGUMENTS OF COMFYUI",
 }
 # Like python -m, without the current folder, whose modules could shadow others.
@@ -368,7 +368,8 @@ def venv_python(venv: Path) -> Path:
 def check_test_modules(python: Path) -> None:
     """Raise SetupError when ``python``, which is the user's, can't run the tests."""
     if subprocess.call([str(python), "-c", f"import {', '.join(TEST_MODULES)}"], stderr=subprocess.DEVNULL):
-        command = f'"{python}" -m pip install -r "{REQUIREMENTS[-1]}"'
+        files = " ".join(f'-r "{path}"' for path in REQUIREMENTS)
+        command = f'"{python}" -m pip install {files}'
         raise SetupError(f"The Python of COMFYUI_PATH lacks what the tests need. Install it with {command}")
 
 

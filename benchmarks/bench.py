@@ -1,4 +1,4 @@
-"""dev.py bench: seconds per step eager and compiled, on one thread, in turns; a soak; or the quality of formats."""
+"""dev.py bench: ours beside every other way to compile; or a model of yours, a soak, or the quality of formats."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 from statistics import median
 
 from benchmarks import memory
+from benchmarks.compare import compare_sides, picture, problems, table
 from benchmarks.quantize import qualities, rows
 from devtools.cli import Progress, add_sampling_arguments, comfyui_folder, positive, print_table, run_tool, write_json
 from devtools.measure import compare
@@ -17,10 +18,19 @@ from devtools.soak import soak
 
 def main(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(
-        prog="dev.py bench", description="Measure Compile Repeated Blocks against eager in a real ComfyUI."
+        prog="dev.py bench",
+        description="Measure Compile Repeated Blocks beside eager, ComfyUI's TorchCompileModel, torch.compile of each "
+        "block and diffusers' compile_repeated_blocks(), on a tiny Flux.1; with --model beside eager on that.",
     )
     add_sampling_arguments(parser)
-    parser.add_argument("--rounds", type=positive, default=3, metavar="N", help="warm runs of each (default: 3)")
+    parser.add_argument(
+        "--rounds", type=positive, default=3, metavar="N", help="cold starts, with --model warm runs (default: 3)"
+    )
+    parser.add_argument(
+        "--blocks", type=_blocks, default=(19, 38), metavar="D+S", help="of the tiny Flux.1 (default: 19+38)"
+    )
+    parser.add_argument("--quick", action="store_true", help="count graphs without generating code or timing")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="also draw the comparison, or --memory, as SVG")
     parser.add_argument(
         "--soak",
         type=positive,
@@ -35,7 +45,6 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument(
         "--memory", action="store_true", help="instead, what Flux.1-dev takes on the card and over the bus"
     )
-    parser.add_argument("--plot", type=Path, metavar="FILE", help="with --memory, also draw it there, as SVG")
     given = parser.parse_args(arguments)
     if given.soak:
         return run_soak(given.soak, given.json)
@@ -43,6 +52,8 @@ def main(arguments: Sequence[str]) -> int:
         return run_quantize(given.size or (128, 128), given.json)
     if given.memory:
         return run_memory(given.json, given.plot)
+    if not given.model:
+        return run_sides(given.blocks, given.rounds, given.quick, given.json, given.plot)
     comparison = compare(
         comfyui_folder(),
         given.model,
@@ -67,6 +78,21 @@ def main(arguments: Sequence[str]) -> int:
     if given.json:
         write_json(given.json, numbers)
     return 0
+
+
+def run_sides(blocks: tuple[int, int], rounds: int, quick: bool, json: Path | None, plot: Path | None) -> int:
+    progress = Progress()
+    comparison = compare_sides(comfyui_folder(), blocks, rounds, quick, progress.stage)
+    progress.done()
+    print(", ".join(f"{name} {value}" for name, value in comparison.machine.items()))
+    print(f"\n{table(comparison)}\n")
+    for problem in problems(comparison):
+        print(f"DOES NOT HOLD: {problem}")
+    if json:
+        write_json(json, comparison.numbers())
+    if plot:
+        write_plot(plot, picture(comparison))
+    return 1 if problems(comparison) else 0
 
 
 def run_soak(prompts: int, json: Path | None) -> int:
@@ -111,9 +137,18 @@ def run_memory(json: Path | None, plot: Path | None) -> int:
     if json:
         write_json(json, [asdict(need) for need in needs])
     if plot:
-        plot.parent.mkdir(parents=True, exist_ok=True)
-        plot.write_text(memory.picture(needs), encoding="utf-8")
+        write_plot(plot, memory.picture(needs))
     return 0
+
+
+def _blocks(text: str) -> tuple[int, int]:
+    double, _, single = text.partition("+")
+    return positive(double), positive(single)
+
+
+def write_plot(path: Path, picture: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(picture, encoding="utf-8")
 
 
 def _spread(seconds: Sequence[float]) -> str:
