@@ -1,0 +1,306 @@
+"""A region's graph compiled ahead of time: code and guards as bytes, which another process runs without Dynamo.
+
+The bytes hold what ``torch.compile(...).aot_compile`` makes: Dynamo's guards on weights, inputs and the switches of the
+process, Inductor's code with its Triton kernels, and, which PyTorch leaves out, the machine code of its C++ kernels.
+Reading them runs code: see ``artifacts.py`` for which are read.
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import importlib.abc
+import importlib.util
+import io
+import re
+import tempfile
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+from types import FunctionType, ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._dynamo.exc import PackageError, TorchDynamoException
+
+from .fingerprint import (
+    Dependency,
+    global_dependency,
+    ships_with_python_or_torch,
+    traced_places,
+)
+
+# The oldest whose ahead-of-time functions hold what is needed here.
+OLDEST_TORCH = (2, 11)
+_MAKES_KERNELS = "async_compile = AsyncCompile()"
+_GIVES_KERNELS = "async_compile = hotpath_kernels"
+# Dynamo's tracing has state of the process, and a host with several GPUs runs regions in several threads.
+_compiling = threading.Lock()
+
+
+class NotAhead(Exception):
+    """A graph can't be compiled ahead of time, or not be read here; the message says why."""
+
+
+def supported() -> bool:
+    return tuple(map(int, torch.__version__.split(".")[:2])) >= OLDEST_TORCH
+
+
+@dataclass
+class Graph:
+    """One graph of a region.
+
+    ``sizes`` are those of the tensors that it was compiled for, in the order of ``tensors_in``. ``data`` is what
+    ``load_graph`` reads.
+    """
+
+    sizes: tuple[tuple[int, ...], ...]
+    data: bytes
+    _function: Any
+    _dependencies: tuple[Dependency, ...]
+    _closure: Mapping[str, Any]
+
+    def accepts(self, weights: dict[str, Tensor], inputs: dict[str, Any]) -> bool:
+        """Whether all that the graph was traced with is so in this call."""
+        guards = self._function._artifacts.guard_manager
+        return all(dependency.holds() for dependency in self._dependencies) and guards.check(
+            {**self._closure, "weights": weights, "inputs": inputs}
+        )
+
+    def why_not(self, weights: dict[str, Tensor], inputs: dict[str, Any]) -> str:
+        """Dynamo's words for what differs, for a call that the graph does not accept."""
+        for dependency in self._dependencies:
+            if not dependency.holds():
+                return f"{dependency} was replaced"
+        guards = self._function._artifacts.guard_manager
+        found = guards.check_verbose({**self._closure, "weights": weights, "inputs": inputs})
+        return next(iter(found.verbose_code_parts), "unknown")
+
+    def __call__(self, weights: dict[str, Tensor], inputs: dict[str, Any]) -> Any:
+        return self._function.fn(weights, inputs)
+
+
+def compile_graph(
+    function: FunctionType,
+    closure: Mapping[str, Any],
+    weights: dict[str, Tensor],
+    inputs: dict[str, Any],
+    sizes: tuple[tuple[int, ...], ...],
+    mode: str,
+    dynamic: bool | None,
+) -> Graph:
+    """Compile ``function(weights, inputs)`` with Inductor for these arguments and what its guards let vary.
+
+    Args:
+        closure: the free variables of ``function`` by name. Nothing may change about them.
+
+    Raises:
+        NotAhead: it can't be kept for another process, or PyTorch's ahead-of-time compiler failed otherwise.
+        TorchDynamoException: it can't be traced as one graph.
+    """
+    names: list[str] = []
+
+    def portable(entries: Any) -> list[bool]:
+        """Which guards to keep as they are; those on globals become dependencies."""
+        keep = []
+        for entry in entries:
+            if entry.is_global and not isinstance(entry.value, ModuleType):
+                names.append(entry.name)
+            root = re.match(r"\w*", entry.name)
+            keep.append(not entry.is_global and not (root and root[0] in closure))
+        return keep
+
+    options = {**torch._inductor.list_mode_options(mode), "guard_filter_fn": portable}
+    try:
+        with _compiling, torch._dynamo.config.patch(enable_aot_compile=True):
+            compiled: Any = torch.compile(function, fullgraph=True, dynamic=dynamic, options=options)
+            made = compiled.aot_compile(((weights, inputs), {}))
+        aliases, module = made._artifacts.runtime_env.import_sources, function.__module__
+        dependencies = tuple(global_dependency(name, aliases, module) for name in dict.fromkeys(names))
+        _refuse_unseen(made, [function, *closure.values(), *(dependency.value() for dependency in dependencies)])
+        data = _dump(made, dependencies, closure, sizes)
+    except PackageError as error:
+        raise NotAhead(_first_line(error)) from error
+    except TorchDynamoException:
+        raise
+    except Exception as error:
+        # PyTorch's own code for this is young and raises what it likes.
+        raise NotAhead(_first_line(error)) from error
+    return Graph(sizes, data, made, dependencies, closure)
+
+
+def load_graph(data: bytes, function: FunctionType, closure: Mapping[str, Any], scratch: Path) -> Graph:
+    """The graph of ``data``, which must come from ``Graph.data`` and be trusted: reading it runs code from it.
+
+    Args:
+        function, closure: as when it was compiled.
+        scratch: a folder of this user alone, where machine code lies while it is loaded.
+
+    Raises:
+        NotAhead: it can't be read, or what it depends on is not as it was.
+    """
+    from torch._dynamo.aot_compile import AOTCompiledFunction, AOTCompileUnpickler, CompileArtifacts
+    from torch._dynamo.package import SerializedCode, load_guard_manager, load_guards_state
+    from torch._dynamo.source import get_local_source_name
+    from torch._functorch._aot_autograd.aot_autograd_result import deserialize_bundled_cache_entry
+
+    try:
+        held = AOTCompileUnpickler(dict(closure), io.BytesIO(data)).load()
+        for dependency in held["dependencies"]:
+            if not dependency.holds():
+                raise NotAhead(f"{dependency} is not what it was")
+        state, env = held["artifacts"], held["artifacts"]["runtime_env"]
+        state["runtime_env"] = dataclasses.replace(env, bytecode=SerializedCode.to_code_object(env.bytecode))
+        state["original_code"] = SerializedCode.to_code_object(state["original_code"])
+        graph = state["compiled_fn"].compiled_fw.result
+        graph.__class__ = _stored_graph_class()
+        graph.hotpath_kernels = _load_kernels(held["kernels"], scratch)
+        state["compiled_fn"] = deserialize_bundled_cache_entry(state["compiled_fn"])
+        guards = load_guards_state(state["guards_state"])
+        # The order of keys in what the closure holds, whose guards were left out.
+        order = [
+            source for source in guards.output_graph.guard_on_key_order if get_local_source_name(source) not in closure
+        ]
+        guards.output_graph.guard_on_key_order = type(guards.output_graph.guard_on_key_order)(order)
+        state["guard_manager"] = load_guard_manager(guards, state["original_code"], function.__globals__)
+        made = AOTCompiledFunction(CompileArtifacts(**state), _extra_globals=function.__globals__)
+    except NotAhead:
+        raise
+    except Exception as error:
+        raise NotAhead(f"{type(error).__name__}: {_first_line(error)}") from error
+    return Graph(held["sizes"], data, made, held["dependencies"], closure)
+
+
+def _dump(made: Any, dependencies: tuple[Dependency, ...], closure: Mapping[str, Any], sizes: Any) -> bytes:
+    from torch._dynamo.aot_compile import AOTCompilePickler
+    from torch._dynamo.package import SerializedCode, SourceInfo
+
+    artifacts = made._artifacts
+    env = artifacts.runtime_env
+    used = {alias: name for alias, name in env.import_sources.items() if alias in env.external_refs}
+    # It comes with the graph in the one form that does not look for Inductor's cache folder.
+    with torch._functorch.config.patch(bundled_autograd_cache=True):
+        entry = artifacts.compiled_fn.compiled_fn.serialize()
+    graph = entry.compiled_fw.result
+    kernels = _kernels(graph)
+    graph.source_code = graph.source_code.replace(_MAKES_KERNELS, _GIVES_KERNELS)
+    state = {
+        **vars(artifacts),
+        "guard_manager": None,
+        "source_info": SourceInfo(set()),
+        "runtime_env": dataclasses.replace(
+            env, bytecode=SerializedCode.from_code_object(env.bytecode), import_sources=used
+        ),
+        "original_code": SerializedCode.from_code_object(artifacts.original_code),
+        "compiled_fn": entry,
+    }
+    held = {"artifacts": state, "dependencies": dependencies, "sizes": sizes, "kernels": kernels}
+    buffer = io.BytesIO()
+    pickler = AOTCompilePickler(dict(closure), buffer)
+    pickler.dump(held)
+    if pickler.errors:
+        raise NotAhead("it holds a module of its own")
+    return buffer.getvalue()
+
+
+def _refuse_unseen(made: Any, roots: list[Any]) -> None:
+    """Raise NotAhead when code was traced that no dependency, nor the region's key, would see change."""
+    places = traced_places(roots)
+    for source in made._artifacts.source_info.inlined_sources:
+        if (source.module, source.firstlineno) not in places and not ships_with_python_or_torch(source.module):
+            raise NotAhead(f"it was traced through {source.module} line {source.firstlineno}")
+
+
+def _kernels(graph: Any) -> dict[str, bytes]:
+    """The machine code of each C++ kernel by the hash of its source."""
+    from torch._inductor.codecache import PyCodeCache
+
+    source = graph.source_code
+    if source.count(_MAKES_KERNELS) != 1:
+        raise NotAhead("Inductor generates another kind of code")
+    module = next((known for known in reversed(PyCodeCache.modules) if _key(known) == graph.cache_key), None)
+    kernels = {}
+    for node in ast.parse(source).body:
+        call = node.value if isinstance(node, (ast.Assign, ast.Expr)) else None
+        if not isinstance(call, ast.Call) or not ast.unparse(call.func).startswith("async_compile."):
+            continue
+        kind = ast.unparse(call.func).removeprefix("async_compile.")
+        if kind == "cpp_pybinding" and isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
+            text = ast.literal_eval(call.args[1])
+            library = Path(getattr(module, node.targets[0].id).__self__.__file__)
+            kernels[_hash(text.encode())] = library.read_bytes()
+        elif kind not in ("triton", "wait"):
+            raise NotAhead(f"a kernel of kind {kind} can't be kept")
+    return kernels
+
+
+def _load_kernels(kernels: Mapping[str, bytes], scratch: Path) -> dict[str, Callable[..., Any]]:
+    from torch._inductor.codecache import CppPythonBindingsCodeCache as Bindings
+
+    loaded = {}
+    # Windows keeps a library that is in use.
+    with tempfile.TemporaryDirectory(dir=scratch, prefix=".k", ignore_cleanup_errors=True) as folder:
+        for name, library in kernels.items():
+            path = Path(folder) / f"{name}.so"
+            path.write_bytes(library)
+            module = Bindings._load_library_inner(str(path), f"hotpath.{_hash(library)}")
+            loaded[name] = getattr(module, Bindings.entry_function)
+    return loaded
+
+
+def _stored_graph_class() -> type:
+    """Inductor's graph, loaded from its own text rather than from Inductor's cache folder."""
+    from torch._inductor.async_compile import AsyncCompile
+    from torch._inductor.output_code import CompiledFxGraph
+
+    class Kernels(AsyncCompile):
+        def __init__(self, loaded: Mapping[str, Callable[..., Any]]) -> None:
+            super().__init__()
+            self._loaded = loaded
+
+        def cpp_pybinding(self, argtypes: Any, source_code: str) -> Any:
+            return self._loaded[_hash(source_code.encode())]
+
+    class StoredGraph(CompiledFxGraph):
+        hotpath_kernels: Mapping[str, Callable[..., Any]]
+
+        def after_deserialization(self, constants: Any) -> str:
+            name = f"hotpath_stored_{self.cache_key}"
+            spec = importlib.util.spec_from_loader(name, _Text(self.source_code))
+            assert spec is not None and spec.loader is not None
+            module: Any = importlib.util.module_from_spec(spec)
+            module.hotpath_kernels = Kernels(self.hotpath_kernels)
+            spec.loader.exec_module(module)
+            for constant, value in constants.unwrap(self).items():
+                setattr(module, constant, value)
+            self.current_callable = module.call
+            self.recursively_apply_fns = getattr(module, "recursively_apply_fns", None)
+            self.compiled_fn_runner = getattr(module, "runner", None)
+            return name
+
+    return StoredGraph
+
+
+class _Text(importlib.abc.InspectLoader):
+    """Imports a module from its text."""
+
+    def __init__(self, text: str) -> None:
+        self._text = text
+
+    def get_source(self, fullname: str) -> str:
+        return self._text
+
+
+def _key(module: ModuleType) -> str | None:
+    return getattr(module, "key", None)
+
+
+def _hash(data: bytes) -> str:
+    return sha256(data).hexdigest()
+
+
+def _first_line(error: BaseException) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
