@@ -5,7 +5,9 @@ from comfy_api.latest import ComfyExtension, io
 from .host import report
 from .nodes.compile_repeated_blocks import CompileRepeatedBlocks
 from .nodes.compile_report import CompileReport
+from .nodes.load_compiled_blocks import LoadCompiledBlocks
 from .nodes.quantize_repeated_blocks import QuantizeRepeatedBlocks
+from .nodes.save_compiled_blocks import SaveCompiledBlocks
 
 WEB_DIRECTORY = "./js"
 
@@ -15,7 +17,13 @@ class HotPathExtension(ComfyExtension):
         report.add_route()
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
-        return [CompileRepeatedBlocks, QuantizeRepeatedBlocks, CompileReport]
+        return [
+            CompileRepeatedBlocks,
+            QuantizeRepeatedBlocks,
+            CompileReport,
+            SaveCompiledBlocks,
+            LoadCompiledBlocks,
+        ]
 
 
 async def comfy_entrypoint() -> HotPathExtension:

@@ -37,6 +37,8 @@ from .fingerprint import (
 OLDEST_TORCH = (2, 11)
 _MAKES_KERNELS = "async_compile = AsyncCompile()"
 _GIVES_KERNELS = "async_compile = hotpath_kernels"
+_IMPORTS_EXTERN = "from torch._inductor.select_algorithm import extern_kernels"
+_IMPORTS_ALIGN = "from torch._inductor.codegen.memory_planning import _align as align"
 # Dynamo's tracing has state of the process, and a host with several GPUs runs regions in several threads.
 _compiling = threading.Lock()
 
@@ -145,7 +147,6 @@ def load_graph(data: bytes, function: FunctionType, closure: Mapping[str, Any], 
     from torch._dynamo.aot_compile import AOTCompiledFunction, AOTCompileUnpickler, CompileArtifacts
     from torch._dynamo.package import SerializedCode, load_guard_manager, load_guards_state
     from torch._dynamo.source import get_local_source_name
-    from torch._functorch._aot_autograd.aot_autograd_result import deserialize_bundled_cache_entry
 
     try:
         held = AOTCompileUnpickler(dict(closure), io.BytesIO(data)).load()
@@ -155,10 +156,7 @@ def load_graph(data: bytes, function: FunctionType, closure: Mapping[str, Any], 
         state, env = held["artifacts"], held["artifacts"]["runtime_env"]
         state["runtime_env"] = dataclasses.replace(env, bytecode=SerializedCode.to_code_object(env.bytecode))
         state["original_code"] = SerializedCode.to_code_object(state["original_code"])
-        graph = state["compiled_fn"].compiled_fw.result
-        graph.__class__ = _stored_graph_class()
-        graph.hotpath_kernels = _load_kernels(held["kernels"], scratch)
-        state["compiled_fn"] = deserialize_bundled_cache_entry(state["compiled_fn"])
+        state["compiled_fn"] = _runnable(state["compiled_fn"], _load_kernels(held["kernels"], scratch))
         guards = load_guards_state(state["guards_state"])
         # The order of keys in what the closure holds, whose guards were left out.
         order = [
@@ -186,7 +184,7 @@ def _dump(made: Any, dependencies: tuple[Dependency, ...], closure: Mapping[str,
         entry = artifacts.compiled_fn.compiled_fn.serialize()
     graph = entry.compiled_fw.result
     kernels = _kernels(graph)
-    graph.source_code = graph.source_code.replace(_MAKES_KERNELS, _GIVES_KERNELS)
+    graph.source_code = _lighter(graph.source_code).replace(_MAKES_KERNELS, _GIVES_KERNELS)
     state = {
         **vars(artifacts),
         "guard_manager": None,
@@ -237,6 +235,16 @@ def _kernels(graph: Any) -> dict[str, bytes]:
     return kernels
 
 
+def _lighter(source: str) -> str:
+    """Inductor's code without what it imports and does not need, which takes longer to import than all else to load."""
+    from torch._inductor.select_algorithm import extern_kernels
+
+    external = set(re.findall(r"\bextern_kernels\.(\w+)", source))
+    if all(getattr(extern_kernels, name) is getattr(torch, name, None) for name in external):
+        source = source.replace(_IMPORTS_EXTERN, "extern_kernels = torch")
+    return source if "align(" in source else source.replace(_IMPORTS_ALIGN, "")
+
+
 def _load_kernels(kernels: Mapping[str, bytes], scratch: Path) -> dict[str, Callable[..., Any]]:
     from torch._inductor.codecache import CppPythonBindingsCodeCache as Bindings
 
@@ -251,37 +259,52 @@ def _load_kernels(kernels: Mapping[str, bytes], scratch: Path) -> dict[str, Call
     return loaded
 
 
-def _stored_graph_class() -> type:
-    """Inductor's graph, loaded from its own text rather than from Inductor's cache folder."""
+def _runnable(entry: Any, kernels: Mapping[str, Callable[..., Any]]) -> Callable[..., Any]:
+    """What ``entry`` was made from, with Inductor's code loaded from its own text rather than from a cache folder."""
+    import torch._inductor.debug
+    from torch._functorch import config as functorch_config
+    from torch._inductor import config
     from torch._inductor.async_compile import AsyncCompile
-    from torch._inductor.output_code import CompiledFxGraph
+    from torch._inductor.cudagraph_utils import BoxedDeviceIndex
+    from torch._inductor.output_code import CompiledFxGraph, CompiledFxGraphConstants
+    from torch._inductor.triton_bundler import TritonBundler
+    from torch._inductor.utils import BoxedBool
+    from torch._subclasses import FakeTensorMode
+    from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
     class Kernels(AsyncCompile):
-        def __init__(self, loaded: Mapping[str, Callable[..., Any]]) -> None:
-            super().__init__()
-            self._loaded = loaded
-
         def cpp_pybinding(self, argtypes: Any, source_code: str) -> Any:
-            return self._loaded[_hash(source_code.encode())]
+            return kernels[_hash(source_code.encode())]
 
-    class StoredGraph(CompiledFxGraph):
-        hotpath_kernels: Mapping[str, Callable[..., Any]]
+    class Loaded:
+        """A graph that is as if just compiled. PyTorch would look for the code of its own class elsewhere."""
 
-        def after_deserialization(self, constants: Any) -> str:
-            name = f"hotpath_stored_{self.cache_key}"
-            spec = importlib.util.spec_from_loader(name, _Text(self.source_code))
-            assert spec is not None and spec.loader is not None
-            module: Any = importlib.util.module_from_spec(spec)
-            module.hotpath_kernels = Kernels(self.hotpath_kernels)
-            spec.loader.exec_module(module)
-            for constant, value in constants.unwrap(self).items():
-                setattr(module, constant, value)
-            self.current_callable = module.call
-            self.recursively_apply_fns = getattr(module, "recursively_apply_fns", None)
-            self.compiled_fn_runner = getattr(module, "runner", None)
-            return name
+        post_compile = CompiledFxGraph.post_compile
+        __call__ = CompiledFxGraph.__call__
 
-    return StoredGraph
+    graph = entry.compiled_fw.result
+    if graph._triton_bundle:
+        TritonBundler.read_and_emit(graph._triton_bundle)
+    spec = importlib.util.spec_from_loader(f"hotpath_stored_{graph.cache_key}", _Text(graph.source_code))
+    assert spec is not None and spec.loader is not None
+    module: Any = importlib.util.module_from_spec(spec)
+    module.hotpath_kernels = Kernels()
+    spec.loader.exec_module(module)
+    for name, value in CompiledFxGraphConstants().unwrap(graph).items():
+        setattr(module, name, value)
+    graph.current_callable = module.call
+    graph.recursively_apply_fns = getattr(module, "recursively_apply_fns", None)
+    graph.compiled_fn_runner = getattr(module, "runner", None)
+    graph.__class__ = Loaded
+    # Dynamo's guards stand for it.
+    entry.guards_expr = None
+    boxed = {"cudagraphs": BoxedBool(config.triton.cudagraphs), "boxed_forward_device_index": BoxedDeviceIndex(None)}
+    with (
+        torch._guards.tracing(torch._guards.TracingContext(FakeTensorMode(shape_env=ShapeEnv()))),
+        functorch_config.patch(bundled_autograd_cache=True),
+    ):
+        run = entry.wrap_post_compile([], entry.sanitized_aot_config, boxed)
+    return lambda *arguments: run(list(arguments))
 
 
 class _Text(importlib.abc.InspectLoader):

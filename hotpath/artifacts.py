@@ -119,9 +119,9 @@ class Store:
         try:
             if not path.exists():
                 return None
-            self._check_owner()
+            key = self.key()
             _check_private(path)
-            stored = unpack(path.read_bytes(), self._key())
+            stored = unpack(path.read_bytes(), key)
             os.utime(path)
         except OSError as error:
             raise Refused(f"{path} can't be read ({error.strerror})") from error
@@ -137,13 +137,14 @@ class Store:
             OSError: it can't be written; what was there stays.
         """
         with self._lock:
-            self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            self._check_owner()
-            write_whole(self.path(stored.region), pack(stored, self._key()))
+            key = self.key()
+            write_whole(self.path(stored.region), pack(stored, key))
             self._shrink()
 
-    def _key(self) -> bytes:
-        """This user's key, made at the first use."""
+    def key(self) -> bytes:
+        """This user's key, made at the first use. Raises Refused when others could know it."""
+        self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self._check_owner()
         path = self.folder / "key"
         if not path.exists():
             unfinished = path.with_name(f".key-{secrets.token_hex(4)}")
@@ -262,12 +263,40 @@ def unpack(data: bytes, key: bytes | None) -> Stored:
     if key is not None and not hmac.compare_digest(hmac.digest(key, body, "sha256"), signature):
         raise Refused("the file was not written by this user's ComfyUI")
     (size,) = _SIZE.unpack_from(body)
-    header = json.loads(body[_SIZE.size : _SIZE.size + size])
-    graphs, start = [], _SIZE.size + size
+    start = _SIZE.size + size
+    header = json.loads(body[_SIZE.size : start])
+    graphs = []
     for length in header["sizes"]:
         graphs.append(body[start : start + length])
         start += length
     return Stored(header["region"], header["facts"], tuple(graphs))
+
+
+def write_bundle(path: Path, entries: Sequence[Stored], store: Store) -> int:
+    """Write ``entries`` as one file, signed by this user; returns its size in bytes. Raises Refused or OSError."""
+    packed = [pack(entry, store.key()) for entry in entries]
+    data = pack(Stored("bundle", {}, tuple(packed)), store.key())
+    write_whole(path, data)
+    return len(data)
+
+
+def read_bundle(path: Path, store: Store, foreign: bool) -> list[Stored]:
+    """Put the entries of a bundle into ``store``, signed by this user, and return them.
+
+    Args:
+        foreign: take it wherever it is from.
+
+    Raises:
+        Refused: it is damaged, or not this user's own and not ``foreign``.
+        OSError: it can't be read, or not be stored.
+    """
+    if not foreign:
+        _check_private(path)
+    key = None if foreign else store.key()
+    entries = [unpack(packed, key) for packed in unpack(path.read_bytes(), key).graphs]
+    for entry in entries:
+        store.write(entry)
+    return entries
 
 
 def write_whole(path: Path, data: bytes) -> None:
@@ -332,7 +361,8 @@ def _switches() -> list[object]:
 
 def _cpu() -> str:
     """The CPU's model and a digest of its features, for which Inductor has its code made."""
-    model, features = platform.processor(), ""
+    # Not platform.processor(), which starts a process.
+    model, features = os.environ.get("PROCESSOR_IDENTIFIER", platform.machine()), ""
     info = Path("/proc/cpuinfo")
     if info.exists():
         entries = dict(line.split(":", 1) for line in info.read_text().split("\n\n")[0].splitlines() if ":" in line)

@@ -170,7 +170,7 @@ class Region:
         return self._kept
 
     def loads(self, weights: dict[str, Tensor], inputs: dict[str, Any]) -> bool:
-        """Load what an earlier process compiled; whether that does for these arguments, and nothing will be compiled."""
+        """Load what an earlier process compiled; whether that does for these arguments, so that nothing is compiled."""
         if self._kept is None:
             return False
         started = time.perf_counter()

@@ -70,7 +70,8 @@ def describe(value: Any) -> str:
     if isinstance(value, BuiltinFunctionType):
         return f"builtin {value.__module__}.{value.__qualname__}"
     if isinstance(value, type):
-        return f"class {_class_name(value)} {digest(repr([describe(method) for method in _methods(value)]))}"
+        # PyTorch changes some of its own while it is used.
+        return f"class {_class_name(value)}" if ships_with_python_or_torch(value.__module__) else _class_text(value)
     if isinstance(value, _PLAIN):
         return repr(value)
     if isinstance(value, (tuple, list)):
@@ -106,7 +107,7 @@ def structure_text(template: nn.Module) -> str:
     lines = []
     for path, module in template.named_modules():
         state = sorted((name, value) for name, value in module.__dict__.items() if name not in _MODULE_STATE)
-        lines.append(f"{path} {[describe(kind) for kind in _own_classes(module)]} {text_of(tuple(state))}")
+        lines.append(f"{path} {[_class_text(kind) for kind in _own_classes(module)]} {text_of(tuple(state))}")
         for name, parameter in module._parameters.items():
             shape = "None" if parameter is None else f"{tuple(parameter.shape)} {parameter.dtype}"
             lines.append(f"{path}.{name} {shape}")
@@ -121,6 +122,10 @@ def _methods(kind: type) -> list[FunctionType]:
     members = [getattr(vars(kind)[name], "fget", vars(kind)[name]) for name in sorted(vars(kind))]
     functions = [getattr(member, "__func__", member) for member in members]
     return [function for function in functions if isinstance(function, FunctionType)]
+
+
+def _class_text(kind: type) -> str:
+    return f"class {_class_name(kind)} {digest(repr([describe(method) for method in _methods(kind)]))}"
 
 
 def _class_name(kind: type) -> str:
