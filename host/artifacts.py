@@ -13,10 +13,10 @@ import torch
 from comfyui_version import __version__ as comfyui_version
 from torch import nn
 
-from ..hotpath.ahead import supported
 from ..hotpath.artifacts import Kept, Store, environment
 from ..hotpath.compiled import CompileSettings
 from ..hotpath.fingerprint import NotPortable, function_text, structure_text, text_of
+from ..hotpath.graphs import supported
 
 CACHE = ("auto", "off")
 

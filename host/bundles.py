@@ -5,12 +5,13 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
+import comfy.model_management
 import folder_paths
 from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import WrappersMP
 
-from ..hotpath.artifacts import Refused, read_bundle, write_bundle
-from .artifacts import store
+from ..hotpath.artifacts import Refused, difference, read_bundle, write_bundle
+from .artifacts import facts, store
 from .compile import WRAPPER_KEY
 from .models import require_model
 
@@ -83,6 +84,9 @@ def load_bundle(name: str, trust_foreign: bool) -> str:
     if trust_foreign:
         log.warning("%s: compiled blocks were loaded without a check of who made them", path)
     graphs = sum(len(entry.graphs) for entry in entries)
+    now = facts(comfy.model_management.get_torch_device())
+    if others := {other for entry in entries if (other := difference(entry.facts, now))}:
+        return f"{name} does not fit this machine, and its blocks will be compiled anew: {'; '.join(sorted(others))}"
     return f"{name}: {len(entries)} regions, {graphs} graphs are ready for Compile Repeated Blocks"
 
 

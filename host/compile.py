@@ -153,7 +153,7 @@ class CompiledBlocks:
             parts.append(f"{blocks} blocks run as {len(self.regions)} regions, {', '.join(took) or 'compiled earlier'}")
             # That nothing was stored yet is no news.
             states = {region.stats.cache.removeprefix(FIRST_TIME).removeprefix("; ") for region in self.regions}
-            parts += [f"cache {state}" for state in sorted(states - {"", "off", "hit"})]
+            parts += [f"cache {state}" for state in sorted(states) if state.startswith(("miss", "not stored"))]
         if self.recompiles:
             parts.append(f"compiled again: {', '.join(self.recompiles[-_FEW:])}{self._advice()}")
         for reason, names in self.eager.items():

@@ -22,9 +22,9 @@ from torch import Tensor, nn
 from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
 from torch.func import functional_call
 
-from .ahead import Graph, NotAhead, compile_graph, load_graph
 from .artifacts import Kept
 from .counters import breaks_since, breaks_so_far, graphs_so_far, last_guard_failure, source_line
+from .graphs import Graph, NotAhead, compile_graph, load_graph
 from .limits import graph_limit
 from .memory import peak_bytes
 from .reasons import plain_reason

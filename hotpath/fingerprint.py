@@ -143,14 +143,7 @@ class Dependency:
     module: str
     path: tuple[tuple[bool, Any], ...]
     description: str = ""
-    _seen: Any = field(default=None, repr=False, compare=False)
-
-    def __getstate__(self) -> tuple[Any, ...]:
-        return self.module, self.path, self.description
-
-    def __setstate__(self, state: tuple[Any, ...]) -> None:
-        self.module, self.path, self.description = state
-        self._seen = None
+    _seen: Any = field(default=None, init=False, repr=False, compare=False)
 
     def value(self) -> Any:
         """Raises NotPortable when there is nothing of the name."""

@@ -1,6 +1,7 @@
 """Regions compiled ahead of time: what they accept, what they refuse, and in another process."""
 
 import gc
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -9,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hotpath_pack.hotpath import ahead
+from hotpath_pack.hotpath import graphs
 from hotpath_pack.hotpath.artifacts import Kept, Store, environment
 from hotpath_pack.hotpath.compiled import CompileSettings, Region, RegionFailed
 from hotpath_pack.hotpath.counters import graphs_so_far
@@ -18,7 +19,7 @@ from torch import nn
 ROOT = Path(__file__).resolve().parent.parent.parent
 DIMS = {"x": (1,)}
 CPU = torch.device("cpu")
-pytestmark = pytest.mark.skipif(not ahead.supported(), reason="needs PyTorch 2.11")
+pytestmark = pytest.mark.skipif(not graphs.supported(), reason="needs PyTorch 2.11")
 
 
 def twice(x):
@@ -201,6 +202,20 @@ def test_code_replaced_before_loading_is_named(folder):
     assert compiled.stats.cache == f"miss: {__name__}.twice is not what it was"
 
 
+def test_a_damaged_file_costs_a_compilation_and_a_line(folder, tmp_path, caplog):
+    damaged = shutil.copytree(folder, tmp_path / "kept")
+    (path,) = damaged.glob("*.graphs")
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+    compiled = region(damaged)
+    assert not compiled.loads(weights(), {"x": torch.randn(1, 4, 8)})
+    assert [record.message for record in caplog.records] == ["stored compiled blocks are not used: the file is damaged"]
+    run(compiled)
+    assert compiled.stats.graphs == 1
+    assert region(damaged).loads(weights(), {"x": torch.randn(1, 4, 8)})
+
+
 def test_a_region_keeps_no_weights_alive(folder, tmp_path):
     for compiled in (loaded(folder), region(tmp_path / "new")):
         w = weights()
@@ -230,7 +245,7 @@ def test_what_cannot_be_traced_is_the_same_failure_as_without(tmp_path):
 
     kept = Kept(Store(tmp_path / "kept"), "a block", lambda: environment(CPU))
     compiled = Region("double block", Block(), breaking, CompileSettings(), kept=kept)
-    with pytest.raises(RegionFailed, match="the double block region could not be compiled: .*test_ahead.py:"):
+    with pytest.raises(RegionFailed, match="the double block region could not be compiled: .*test_graphs.py:"):
         compiled(weights(), {"x": torch.ones(1, 4, 8)}, DIMS)
 
 
@@ -261,12 +276,12 @@ OTHER_PROCESS = """
     sys.modules["hotpath_pack"] = pack
     sys.path.insert(0, {tests!r})
     from pathlib import Path
-    import test_ahead
+    import test_graphs
     from hotpath_pack.hotpath.counters import graphs_so_far
 
-    compiled = test_ahead.loaded(Path({folder!r}))
+    compiled = test_graphs.loaded(Path({folder!r}))
     for batch, tokens in ((1, 4), (1, 9), (2, 4), (3, 9)):
-        test_ahead.run(compiled, batch, tokens)
+        test_graphs.run(compiled, batch, tokens)
     assert graphs_so_far() == 0
     import torch._dynamo.utils as utils
     assert not utils.counters["frames"] and not utils.counters["stats"], utils.counters

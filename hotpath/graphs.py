@@ -150,7 +150,8 @@ def load_graph(data: bytes, function: FunctionType, closure: Mapping[str, Any], 
 
     try:
         held = AOTCompileUnpickler(dict(closure), io.BytesIO(data)).load()
-        for dependency in held["dependencies"]:
+        dependencies = tuple(Dependency(*told) for told in held["dependencies"])
+        for dependency in dependencies:
             if not dependency.holds():
                 raise NotAhead(f"{dependency} is not what it was")
         state, env = held["artifacts"], held["artifacts"]["runtime_env"]
@@ -169,7 +170,7 @@ def load_graph(data: bytes, function: FunctionType, closure: Mapping[str, Any], 
         raise
     except Exception as error:
         raise NotAhead(f"{type(error).__name__}: {_first_line(error)}") from error
-    return Graph(held["sizes"], data, made, held["dependencies"], closure)
+    return Graph(held["sizes"], data, made, dependencies, closure)
 
 
 def _dump(made: Any, dependencies: tuple[Dependency, ...], closure: Mapping[str, Any], sizes: Any) -> bytes:
@@ -195,7 +196,9 @@ def _dump(made: Any, dependencies: tuple[Dependency, ...], closure: Mapping[str,
         "original_code": SerializedCode.from_code_object(artifacts.original_code),
         "compiled_fn": entry,
     }
-    held = {"artifacts": state, "dependencies": dependencies, "sizes": sizes, "kernels": kernels}
+    # Nothing of this pack's own classes, whose module's name is the folder that the pack lies in.
+    told = [(dependency.module, dependency.path, dependency.description) for dependency in dependencies]
+    held = {"artifacts": state, "dependencies": told, "sizes": sizes, "kernels": kernels}
     buffer = io.BytesIO()
     pickler = AOTCompilePickler(dict(closure), buffer)
     pickler.dump(held)
