@@ -6,6 +6,7 @@ from .host import report
 from .nodes.compile_repeated_blocks import CompileRepeatedBlocks
 from .nodes.compile_report import CompileReport
 from .nodes.load_compiled_blocks import LoadCompiledBlocks
+from .nodes.offload_repeated_blocks import OffloadRepeatedBlocks
 from .nodes.quantize_repeated_blocks import QuantizeRepeatedBlocks
 from .nodes.save_compiled_blocks import SaveCompiledBlocks
 
@@ -20,6 +21,7 @@ class HotPathExtension(ComfyExtension):
         return [
             CompileRepeatedBlocks,
             QuantizeRepeatedBlocks,
+            OffloadRepeatedBlocks,
             CompileReport,
             SaveCompiledBlocks,
             LoadCompiledBlocks,

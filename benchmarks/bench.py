@@ -8,7 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from statistics import median
 
-from benchmarks.quantize import numbers, qualities, rows
+from benchmarks.quantize import qualities, rows
 from devtools.cli import Progress, add_sampling_arguments, comfyui_folder, positive, print_table, run_tool, write_json
 from devtools.measure import compare
 from devtools.soak import soak
@@ -92,7 +92,7 @@ def run_quantize(size: tuple[int, int], json: Path | None) -> int:
     print(f"Signal-to-noise ratio against full precision, {size[0]}x{size[1]}\n")
     print_table(rows(measured))
     if json:
-        write_json(json, numbers(measured))
+        write_json(json, [asdict(quality) for quality in measured])
     return 0
 
 

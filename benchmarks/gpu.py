@@ -20,7 +20,7 @@ from torch import Tensor
 
 from devtools import gpu_host
 from devtools.cli import positive, run_tool, write_json
-from devtools.gpu_host import compiled, load, quantize, sample
+from devtools.gpu_host import compiled, load, offload, quantize, sample
 
 GIB = 2**30
 TEXT_TOKENS = 512
@@ -85,6 +85,7 @@ def make_sides(blocks: Sequence[int], hidden: int, formats: Sequence[str]) -> li
     sides = [
         Side("eager", eager),
         Side("ours", compiled(eager)),
+        Side("ahead ours", compiled(offload(eager))),
         Side("ours max-autotune", compiled(eager, mode="max-autotune-no-cudagraphs")),
     ]
     for format in formats:
@@ -92,6 +93,7 @@ def make_sides(blocks: Sequence[int], hidden: int, formats: Sequence[str]) -> li
         small = quantize(eager, format)
         print(f"{format}: quantized in {time.perf_counter() - started:.1f} s", flush=True)
         sides += [Side(format, small), Side(f"{format} ours", compiled(small))]
+        sides.append(Side(f"{format} ahead ours", compiled(offload(small))))
     if not eager.is_dynamic():
         per_block = eager.clone()
         keys = [f"diffusion_model.double_blocks.{index}" for index in range(double)]

@@ -50,8 +50,13 @@ def start(dynamic_vram: bool = True) -> None:
     comfy.memory_management.aimdo_enabled = True
 
 
-def load(double: int, single: int, dtype: torch.dtype, format: str | None = None, **shape: Any) -> Any:
-    """A MODEL of a Flux.1 with random weights made on the GPU, computing in ``dtype``, quantized to ``format``."""
+def load(
+    double: int, single: int, dtype: torch.dtype, format: str | None = None, dynamic: bool = True, **shape: Any
+) -> Any:
+    """A MODEL of a Flux.1 with random weights made on the GPU, computing in ``dtype``, quantized to ``format``.
+
+    ``dynamic``: with dynamic VRAM, where ``start`` started it.
+    """
     import comfy.sd
 
     weights = flux1(double, single, dtype=dtype, device="cuda", **shape)
@@ -60,7 +65,9 @@ def load(double: int, single: int, dtype: torch.dtype, format: str | None = None
     weights = {name: weight.cpu() for name, weight in weights.items()}
     # As nodes do; and by itself the host would compute in bf16.
     with torch.inference_mode():
-        model = comfy.sd.load_diffusion_model_state_dict(weights, model_options={"dtype": dtype})
+        model = comfy.sd.load_diffusion_model_state_dict(
+            weights, model_options={"dtype": dtype}, disable_dynamic=not dynamic
+        )
     torch.cuda.empty_cache()
     return model
 
@@ -81,6 +88,14 @@ def quantize(model: Any, format: str) -> Any:
 
     with torch.inference_mode():
         return quantize_repeated_blocks(model, format, "", NodeText(None))
+
+
+def offload(model: Any, modulation: str = "ahead") -> Any:
+    """``model`` as Offload Repeated Blocks returns it."""
+    from hotpath_pack.host.offload import offload_repeated_blocks
+    from hotpath_pack.host.progress import NodeText
+
+    return offload_repeated_blocks(model, modulation, NodeText(None))
 
 
 def sample(model: Any, size: tuple[int, int] = (256, 256), tokens: int = 32, steps: int = 2) -> Tensor:

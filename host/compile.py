@@ -6,7 +6,7 @@ import functools
 import logging
 import weakref
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Hashable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
 from types import MappingProxyType
 from typing import Any
@@ -35,6 +35,8 @@ from .weights import block_weights, layer_state, plain_layer
 log = logging.getLogger(__name__)
 
 WRAPPER_KEY = "hotpath_compile"
+# The input that modulation is made from; a region takes what was made of it ahead of time.
+_VECTOR = "vec"
 # More blocks than this are counted rather than named.
 _FEW = 3
 REGIONS = RegionStore(capacity=64)
@@ -199,6 +201,10 @@ class CompiledBlocks:
                     raise NotHoistable("gradients are being recorded, and weights enter a region without theirs")
                 attend = attention_for(inputs.get("transformer_options", {}))
                 layers = self._layers(block)
+                given = self._plans[block].given
+                if given:
+                    outputs = {path: block.get_submodule(path)(inputs[_VECTOR]) for path in given}
+                    inputs = {**inputs, _VECTOR: outputs}
                 with block_weights(layers, activation) as weights:
                     taken = region_inputs(inputs, activation, dynamic=self.settings.dynamic != "never")
                     return self._run_region(kind, block, weights, taken, attend)
@@ -213,7 +219,7 @@ class CompiledBlocks:
         finally:
             block.forward = swapped
 
-    def _layers(self, block: nn.Module) -> list[tuple[str, nn.Module]]:
+    def _layers(self, block: nn.Module) -> list[tuple[str, nn.Module, Hashable]]:
         plan = self._plans.get(block)
         if plan is not None:
             try:

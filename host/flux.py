@@ -73,6 +73,23 @@ def require_blocks(model: ModelPatcher, verb: str) -> nn.Module:
     return diffusion_model
 
 
+def conditioning_vector(
+    diffusion_model: Any, timesteps: Tensor, guidance: Tensor | None, y: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    """The vector (batch, hidden) that the host's Flux gives its blocks for ``timesteps`` (batch,), ``guidance`` (1,) or
+    (batch,) and pooled text ``y`` (batch, width), computed in ``dtype``."""
+    embed = comfy.ldm.flux.layers.timestep_embedding
+    vector = diffusion_model.time_in(embed(timesteps, 256).to(dtype))
+    if diffusion_model.params.guidance_embed and guidance is not None:
+        vector = vector + diffusion_model.guidance_in(embed(guidance, 256).to(dtype))
+    if diffusion_model.vector_in is not None:
+        width = diffusion_model.params.vec_in_dim
+        if y is None:
+            y = torch.zeros((len(timesteps), width), device=timesteps.device, dtype=dtype)
+        vector = vector + diffusion_model.vector_in(y[:, :width])
+    return vector
+
+
 def token_dims(inputs: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     """Token dimensions of the inputs: (batch, tokens, hidden) streams, (batch, 1, tokens, ...) rotary embedding,
     (..., query tokens, key tokens) mask."""

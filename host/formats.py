@@ -14,7 +14,7 @@ from comfy.quant_ops import QuantizedLayout, QuantizedTensor
 from comfy_kitchen.tensor.base import BaseLayoutParams, dequantize_args
 from torch import Tensor
 
-from ..hotpath.rowwise import FP8, fp8_product, fp8_rows, fp8_scales, int8_rows
+from ..hotpath.rowwise import FP8, dequantized_rows, fp8_product, fp8_rows, fp8_scales, int8_rows
 
 FP8_ROWWISE = "HotPathFP8RowwiseLayout"
 INT8_WEIGHT_ONLY = "HotPathInt8WeightOnlyLayout"
@@ -32,7 +32,7 @@ class _RowwiseLayout(QuantizedLayout):
 
     @classmethod
     def dequantize(cls, qdata: Tensor, params: Any) -> Tensor:
-        return (qdata.float() * params.scale).to(params.orig_dtype)
+        return dequantized_rows(qdata, params.scale, params.orig_dtype)
 
     @classmethod
     def get_plain_tensors(cls, qtensor: QuantizedTensor) -> tuple[Tensor, ...]:

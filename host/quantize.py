@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import weakref
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
@@ -217,7 +217,7 @@ def _quantize(
             comfy.model_management.throw_exception_if_processing_interrupted()
             twin_module = modules.pop(name, None)
             _refuse_changed(name, module, twin_module)
-            _share(module, twin_module, _unpatched(model, f"diffusion_model.{name}"), model.offload_device)
+            _share(module, twin_module, model, f"diffusion_model.{name}")
             if name in formats:
                 _quantize_layer(twin_module, formats[name], source.get_dtype_inference(), model)
                 progress.update(1)
@@ -253,27 +253,16 @@ def _make_room(model: ModelPatcher, names: Collection[str]) -> None:
         comfy.model_management.free_memory(largest * 4 * 4, model.load_device)
 
 
-def _unpatched(model: ModelPatcher, module: str) -> Callable[[str, Tensor], Tensor]:
-    """How to get a weight of ``module`` without the LoRAs that the host may have baked into it."""
-
-    def unpatched(name: str, tensor: Tensor) -> Tensor:
-        key = f"{module}.{name}"
-        backup = model.backup.get(key)
-        return tensor if backup is None else backup.weight
-
-    return unpatched
-
-
-def _share(
-    module: nn.Module, twin: Any, unpatched: Callable[[str, Tensor], Tensor], offload_device: torch.device
-) -> None:
+def _share(module: nn.Module, twin: Any, model: ModelPatcher, path: str) -> None:
+    """Give ``twin`` the weights of ``module``, without the LoRAs that the host may have baked into them."""
     for name, parameter in module._parameters.items():
         if parameter is not None:
-            tensor = unpatched(name, parameter).detach()
+            backup = model.backup.get(f"{path}.{name}")
+            tensor = (parameter if backup is None else backup.weight).detach()
             if tensor.is_meta:
                 # The host's loader leaves what a file lacks for later, as zeros.
-                tensor = torch.zeros_like(tensor, device=offload_device)
-            setattr(twin, name, nn.Parameter(tensor.to(offload_device), requires_grad=False))
+                tensor = torch.zeros_like(tensor, device=model.offload_device)
+            setattr(twin, name, nn.Parameter(tensor.to(model.offload_device), requires_grad=False))
 
 
 def _quantize_layer(layer: Any, format: Format, dtype: torch.dtype, model: ModelPatcher) -> None:

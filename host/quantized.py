@@ -6,6 +6,7 @@ and scales enter a region as tensors of their own.
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from typing import Any
 
 import comfy.ops
@@ -14,7 +15,7 @@ import torch
 from comfy_kitchen.backends.eager import quantization as kitchen
 from torch import Tensor, nn
 
-from ..hotpath.rowwise import FP8, fp8_product, fp8_rows, fp8_scales, int8_rows
+from ..hotpath.rowwise import FP8, dequantized_rows, fp8_product, fp8_rows, fp8_scales, int8_rows
 from ..hotpath.template import NotHoistable
 from .formats import FP8_ROWWISE, INT8_WEIGHT_ONLY
 
@@ -152,7 +153,7 @@ class WeightOnlyLinear(_Quantized):
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out) in the dtype of ``x``."""
         if self.weight.dtype == torch.int8:
-            weight = (self.weight.float() * self.weight_scale).to(x.dtype)
+            weight = dequantized_rows(self.weight, self.weight_scale, x.dtype)
         else:
             weight = self.weight.to(x.dtype) * self.weight_scale.to(x.dtype)
         return nn.functional.linear(x, weight, self.bias)
@@ -195,13 +196,14 @@ def quantized_layer(layer: Any) -> nn.Module:
     raise NotHoistable(f"a layer computes in {layer.quant_format} with quantized activations")
 
 
-def quantized_weights(layer: Any, like: Tensor) -> dict[str, Tensor]:
-    """The tensors of ``layer`` by the names of ``quantized_layer``'s parameters, as the host would use them now.
+def quantized_weights(layer: Any, format: Hashable, like: Tensor) -> dict[str, Tensor]:
+    """The tensors of ``layer`` by the names of ``quantized_layer``'s parameters, as the host would use them now in
+    ``format``, the one in use.
 
     Raises:
         NotHoistable: the host would not keep the weight quantized for activations of ``like``'s dtype.
     """
-    weight_only = format_in_use(layer) != layer.quant_format
+    weight_only = format != layer.quant_format
     if weight_only or layer.quant_format == _INT8:
         weight, bias = comfy.ops.cast_bias_weight(
             layer,

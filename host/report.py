@@ -13,12 +13,14 @@ from server import PromptServer
 from ..hotpath.compiled import Region
 from .compile import LATEST, REGIONS, WRAPPER_KEY
 from .models import require_model
+from .modulation import LATEST as LATEST_AHEAD
+from .offload import KEY as OFFLOAD_KEY
 from .quantize import quantization, quantizations
 
 
 def report() -> dict[str, Any]:
-    """Compiled regions of this process, for each compile node what its last MODEL uses and what runs eager, and what
-    was quantized."""
+    """Compiled regions of this process, for each compile node what its last MODEL uses and what runs eager, what was
+    quantized, and for each offload node what modulation was made ahead."""
     return {
         "regions": [_region(region) for region in REGIONS],
         "models": [
@@ -32,6 +34,15 @@ def report() -> dict[str, Any]:
             for blocks in list(LATEST.values())
         ],
         "quantized": [asdict(done) for done in quantizations()],
+        "modulation": [
+            {
+                "node_id": ahead.text.node_id,
+                "vectors": ahead.vectors,
+                "table_bytes": ahead.table_bytes,
+                "in_place": sorted(ahead.in_place),
+            }
+            for ahead in list(LATEST_AHEAD.values())
+        ],
     }
 
 
@@ -48,6 +59,7 @@ def describe(model: ModelPatcher) -> str:
     require_model(model)
     quantized = quantization(model)
     lines = [quantized.summary()] if quantized else []
+    lines += [ahead.summary() for ahead in model.get_wrappers(WrappersMP.APPLY_MODEL, OFFLOAD_KEY) if ahead.summary()]
     compiled = model.get_wrappers(WrappersMP.APPLY_MODEL, WRAPPER_KEY)
     if not compiled:
         return "\n".join([*lines, "This MODEL does not pass through Compile Repeated Blocks."])

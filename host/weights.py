@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import PureWindowsPath
 from typing import Any
@@ -70,8 +70,8 @@ def refuse_replaced_forward(kind: type) -> None:
 
 
 @contextmanager
-def block_weights(layers: Sequence[tuple[str, nn.Module]], like: Tensor) -> Iterator[dict[str, Tensor]]:
-    """The weights of ``layers``, as the host would use them now, by parameter path.
+def block_weights(layers: Sequence[tuple[str, nn.Module, Hashable]], like: Tensor) -> Iterator[dict[str, Tensor]]:
+    """The weights of ``layers`` (path, layer, ``layer_state``), as the host would use them now, by parameter path.
 
     They are on ``like``'s device and, where the host casts, in its dtype, with all weight functions (LoRA in
     low VRAM mode, wrappers) applied. They stay valid until the block ends.
@@ -81,12 +81,12 @@ def block_weights(layers: Sequence[tuple[str, nn.Module]], like: Tensor) -> Iter
     Raises:
         NotHoistable: the host would not use a quantized weight as it is kept or as the layer asks.
     """
-    dynamic = [layer for _, layer in layers if "_v" in layer.__dict__ and "_prefetch" not in layer.__dict__]
+    dynamic = [layer for _, layer, _ in layers if "_v" in layer.__dict__ and "_prefetch" not in layer.__dict__]
     with _faulted_in(dynamic, like.device) if dynamic and like.device.type != "cpu" else nullcontext():
         weights = {}
-        for path, layer in layers:
-            if layer_state(layer) is not None:
-                tensors = quantized_weights(layer, like)
+        for path, layer, format in layers:
+            if format is not None:
+                tensors = quantized_weights(layer, format, like)
                 weights.update({f"{path}.{name}": plain_tensor(tensor) for name, tensor in tensors.items()})
                 continue
             weight, bias = _weight_and_bias(layer, like)

@@ -53,3 +53,8 @@ def int8_rows(x: Tensor, noise: Tensor | None = None) -> tuple[Tensor, Tensor]:
     scaled = x / scales.to(x.dtype).clamp(min=torch.finfo(x.dtype).tiny)
     rounded = scaled.round() if noise is None else (scaled + noise).floor()
     return rounded.clamp(-128, 127).to(torch.int8), scales
+
+
+def dequantized_rows(rows: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
+    """``rows`` (N, K) of 8 bits times ``scales`` (N, 1) float32, in ``dtype``."""
+    return (rows.float() * scales).to(dtype)

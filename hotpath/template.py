@@ -7,9 +7,9 @@ executing by ``torch.func.functional_call``, so the compiled code never sees whe
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -33,6 +33,35 @@ LayerState = Callable[[nn.Module], Hashable]
 """What may change about how a module computes while it stays the same; a plan holds as long as it is equal."""
 
 
+class Given:
+    """A module's ``forward`` that hands out a result made elsewhere: a template takes that result as an input.
+
+    In the template ``forward(inputs)`` of such a module is ``inputs[path]``.
+    """
+
+    def __init__(self, module: nn.Module, give: Callable[[Any], Any]) -> None:
+        self._module = weakref.ref(module)
+        self._give = give
+
+    def stands_for(self, module: nn.Module) -> bool:
+        return self._module() is module
+
+    def __call__(self, *args: Any) -> Any:
+        if torch.compiler.is_compiling():
+            module: Any = self._module()
+            return type(module).forward(module, *args)
+        return self._give(*args)
+
+
+class _GivenLayer(nn.Module):
+    def __init__(self, path: str) -> None:
+        super().__init__()
+        self.path = path
+
+    def forward(self, inputs: Mapping[str, Any]) -> Any:
+        return inputs[self.path]
+
+
 class _Place(NamedTuple):
     """A module of the block: where it hung when the template was made."""
 
@@ -42,6 +71,7 @@ class _Place(NamedTuple):
     module: weakref.ref[nn.Module]
     kind: type
     children: int
+    given: bool
     state: Hashable
 
 
@@ -49,41 +79,42 @@ class _Place(NamedTuple):
 class BlockPlan:
     """How one block maps onto its template.
 
-    ``key`` is equal for blocks of the same structure, within this process. Modules of the block are held weakly, so
-    that a plan kept anywhere never keeps a model's weights alive.
+    ``key`` is equal for blocks of the same structure, within this process. ``given`` are the modules whose results are
+    inputs. Modules of the block are held weakly, so that a plan kept anywhere never keeps a model's weights alive.
     """
 
     template: nn.Module
     key: int
+    given: tuple[str, ...]
     _layers: tuple[int, ...] = field(repr=False)
     _places: tuple[_Place, ...] = field(repr=False)
     _state: LayerState = field(repr=False)
 
-    def layers(self, block: nn.Module) -> list[tuple[str, nn.Module]]:
-        """The layers of ``block`` that hold weights, by path.
+    def layers(self, block: nn.Module) -> list[tuple[str, nn.Module, Hashable]]:
+        """The layers of ``block`` that hold weights: path, layer, and its state as planned.
 
         Raises:
             NotHoistable: something was bolted onto the block, or swapped in it, since it was planned.
         """
         modules: list[nn.Module] = []
-        for path, parent, name, known, kind, children, state in self._places:
+        for path, parent, name, known, kind, children, given, state in self._places:
             module = modules[parent]._modules.get(name) if modules else block
             if module is None or module is not known() or type(module) is not kind:
                 raise NotHoistable(f"{path or 'the block'} was replaced")
             refuse_bolted_on(path, module)
             if len(module._modules) != children:
                 raise NotHoistable(f"{path or 'the block'} has other submodules")
-            if self._state(module) != state:
+            if self._state(module) != state or _is_given(module) != given:
                 raise NotHoistable(f"{path or 'the block'} computes in another way now")
             modules.append(module)
-        return [(self._places[index].path, modules[index]) for index in self._layers]
+        return [(self._places[index].path, modules[index], self._places[index].state) for index in self._layers]
 
 
 def refuse_bolted_on(path: str, module: nn.Module) -> None:
     """Raise NotHoistable for a forward hook or an overridden ``forward``: a template would ignore either."""
     if module._forward_hooks or module._forward_pre_hooks:
         raise NotHoistable(f"{path or 'the block'} ({type(module).__name__}) has a forward hook")
-    if "forward" in module.__dict__:
+    if "forward" in module.__dict__ and not _is_given(module):
         raise NotHoistable(f"{path or 'the block'} ({type(module).__name__}) has an overridden forward")
 
 
@@ -103,7 +134,12 @@ def plan_block(block: nn.Module, plain_layer: PlainLayer, layer_state: LayerStat
         here = len(places)
         name = path.rpartition(".")[2]
         children = len(module._modules)
-        places.append(_Place(path, parent, name, weakref.ref(module), type(module), children, layer_state(module)))
+        given = _is_given(module)
+        state = layer_state(module)
+        places.append(_Place(path, parent, name, weakref.ref(module), type(module), children, given, state))
+        if given:
+            key.append((path, Given))
+            return _GivenLayer(path)
         plain = plain_layer(module)
         if plain is not None:
             layers.append(here)
@@ -111,14 +147,14 @@ def plan_block(block: nn.Module, plain_layer: PlainLayer, layer_state: LayerStat
             return plain
         if module._parameters or module._buffers:
             raise NotHoistable(f"{path or 'the block'} ({type(module).__name__}) holds weights outside a known layer")
-        state = {name: value for name, value in module.__dict__.items() if name not in _MODULE_STATE}
-        for name, value in state.items():
+        values = {name: value for name, value in module.__dict__.items() if name not in _MODULE_STATE}
+        for name, value in values.items():
             if not _is_plain(value):
                 raise NotHoistable(f"{path or 'the block'}.{name} is a {type(value).__name__}, which can't be copied")
-        key.append((path, type(module), tuple(sorted(state.items(), key=lambda item: item[0]))))
+        key.append((path, type(module), tuple(sorted(values.items(), key=lambda item: item[0]))))
         twin = type(module).__new__(type(module))
         nn.Module.__init__(twin)
-        twin.__dict__.update(state)
+        twin.__dict__.update(values)
         for name, child in module._modules.items():
             inner = f"{path}.{name}" if path else name
             twin._modules[name] = None if child is None else copy(inner, here, child)
@@ -126,7 +162,12 @@ def plan_block(block: nn.Module, plain_layer: PlainLayer, layer_state: LayerStat
 
     template = copy("", 0, block).eval().requires_grad_(False)
     number = _structures.setdefault(tuple(key), len(_structures))
-    return BlockPlan(template, number, tuple(layers), tuple(places), layer_state)
+    given = tuple(place.path for place in places if place.given)
+    return BlockPlan(template, number, given, tuple(layers), tuple(places), layer_state)
+
+
+def _is_given(module: nn.Module) -> bool:
+    return isinstance(module.__dict__.get("forward"), Given)
 
 
 def _is_plain(value: object) -> bool:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import gc
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from aiohttp import web
@@ -15,6 +17,8 @@ from comfy_api.latest import ComfyExtension, io
 from server import PromptServer
 from torch import Tensor, nn
 from torch._dynamo import register_backend
+
+import nodes
 
 
 class HotPathDevConditioning(io.ComfyNode):
@@ -190,6 +194,27 @@ class HotPathDevPatch(io.ComfyNode):
         return io.NodeOutput(patched)
 
 
+class HotPathDevQuantize(io.ComfyNode):
+    """Quantize Repeated Blocks in a format that this machine has no products for."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="HotPathDevQuantize",
+            category="_for_testing/hotpath",
+            inputs=[io.Model.Input("model"), io.String.Input("format"), io.String.Input("skip")],
+            outputs=[io.Model.Output()],
+        )
+
+    @classmethod
+    def execute(cls, model: Any, format: str, skip: str) -> io.NodeOutput:
+        node = nodes.NODE_CLASS_MAPPINGS["HotPathQuantizeRepeatedBlocks"]
+        host = sys.modules[sys.modules[node.__module__].quantize_repeated_blocks.__module__]
+        formats = sys.modules[host.require_format.__module__].FORMATS
+        with patch.object(type(formats[format]), "missing", return_value=None):
+            return io.NodeOutput(host.quantize_repeated_blocks(model, format, skip, host.NodeText(None)))
+
+
 def count_models() -> int:
     """Models that are in memory, once what is only waiting for the collector is gone."""
     gc.collect()
@@ -203,7 +228,7 @@ class HotPathDevExtension(ComfyExtension):
             return web.json_response(count_models())
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
-        return [HotPathDevConditioning, HotPathDevPatch]
+        return [HotPathDevConditioning, HotPathDevPatch, HotPathDevQuantize]
 
 
 async def comfy_entrypoint() -> HotPathDevExtension:

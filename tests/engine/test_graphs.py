@@ -91,14 +91,14 @@ def test_the_next_region_compiles_nothing(folder):
 def test_what_the_guards_do_not_accept_is_compiled_and_kept_too(tmp_path):
     """Here a weight that lies in memory in another order."""
     run(region(tmp_path / "kept"))
-    for compiled, graphs in ((region(tmp_path / "kept"), 1), (region(tmp_path / "kept"), 0)):
+    for compiled, made in ((region(tmp_path / "kept"), 1), (region(tmp_path / "kept"), 0)):
         w, x = weights(), torch.randn(1, 4, 8)
         w["linear.weight"] = w["linear.weight"].t()
-        assert compiled.loads(w, {"x": x}) is (graphs == 0)
+        assert compiled.loads(w, {"x": x}) is (made == 0)
         want = expected(w, x)
         torch.testing.assert_close(compiled(w, {"x": x}, DIMS), want, atol=1e-5, rtol=0)
         run(compiled)
-        assert compiled.stats.graphs == graphs
+        assert compiled.stats.graphs == made
 
 
 def deterministic():
@@ -227,11 +227,11 @@ def test_a_region_keeps_no_weights_alive(folder, tmp_path):
 
 
 def test_settings_for_each_size_and_for_any_batch(tmp_path):
-    for dynamic, graphs in (("never", 2), ("always", 1)):
+    for dynamic, made in (("never", 2), ("always", 1)):
         compiled = region(tmp_path / dynamic, dynamic=dynamic)
         run(compiled, 2, 4)
         run(compiled, 3, 4)
-        assert compiled.stats.graphs == graphs
+        assert compiled.stats.graphs == made
         again = region(tmp_path / dynamic, dynamic=dynamic)
         assert again.loads(weights(), {"x": torch.randn(2, 4, 8)})
         run(again, 3, 4)

@@ -3,7 +3,7 @@ import weakref
 
 import pytest
 import torch
-from hotpath_pack.hotpath.template import NotHoistable, plan_block
+from hotpath_pack.hotpath.template import Given, NotHoistable, plan_block
 from torch import nn
 from torch.func import functional_call
 
@@ -39,7 +39,7 @@ def plain_layer(module):
 def weights_of(plan, block):
     return {
         f"{path}.{name}": value
-        for path, layer in plan.layers(block)
+        for path, layer, _ in plan.layers(block)
         for name, value in layer.named_parameters(recurse=False)
     }
 
@@ -143,7 +143,7 @@ def test_a_layer_swapped_for_one_like_it_is_noticed():
     with pytest.raises(NotHoistable, match="first was replaced"):
         plan.layers(block)
     block.first = old
-    assert plan.layers(block)[0] == ("first", old)
+    assert plan.layers(block)[0] == ("first", old, None)
 
 
 def test_state_that_cannot_be_copied_is_named():
@@ -151,3 +151,31 @@ def test_state_that_cannot_be_copied_is_named():
     block.scale.table = [1, 2]
     with pytest.raises(NotHoistable, match="scale.table is a list"):
         plan_block(block, plain_layer)
+
+
+def test_what_is_given_becomes_an_input_of_the_template():
+    block = Block()
+    plain, want = plan_block(block, plain_layer), block(torch.ones(3, 8))
+    block.inner.forward = Given(block.inner, lambda x: x * 3)
+    plan = plan_block(block, plain_layer)
+    assert plan.given == ("inner",) and plain.given == () and plan.key != plain.key
+    assert [path for path, _, _ in plan.layers(block)] == ["first"]
+    with pytest.raises(NotHoistable, match="inner computes in another way"):
+        plain.layers(block)
+    # In the template the module takes the result by its own path.
+    template, weights = plan.template, weights_of(plan, block)
+    template.first.forward = lambda x: {"inner": x * 3}
+    assert torch.equal(functional_call(template, weights, (torch.ones(3, 8),)), torch.full((3, 8), 6.0))
+    del block.inner.forward
+    with pytest.raises(NotHoistable, match="inner computes in another way"):
+        plan.layers(block)
+    assert torch.equal(block(torch.ones(3, 8)), want)
+
+
+def test_a_tracer_sees_the_module_itself_and_not_what_is_given():
+    block = Block()
+    want = block(torch.ones(3, 8))
+    block.inner.forward = Given(block.inner, lambda x: x * 0)
+    assert (block(torch.ones(3, 8)) == 0).all()
+    traced = torch.compile(block, backend="eager", fullgraph=True)
+    assert torch.equal(traced(torch.ones(3, 8)), want)

@@ -43,7 +43,19 @@ def compiled_blocks(model):
 
 
 def sample(
-    model, width=64, height=64, tokens=16, batch=1, steps=2, seed=0, guidance=3.5, cfg=1.0, condition=None, **cond
+    model,
+    width=64,
+    height=64,
+    tokens=16,
+    batch=1,
+    steps=2,
+    seed=0,
+    guidance=3.5,
+    cfg=1.0,
+    sampler="euler",
+    scheduler="simple",
+    condition=None,
+    **cond,
 ):
     """Latent of a short run; sizes in pixels, ``tokens`` of text, ``cond`` on the positive side alone.
 
@@ -68,8 +80,8 @@ def sample(
             noise,
             steps,
             cfg,
-            "euler",
-            "simple",
+            sampler,
+            scheduler,
             positive,
             negative,
             torch.zeros(shape),
