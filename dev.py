@@ -36,7 +36,7 @@ FORMAT = 1
 COMMANDS = {
     "demo": "compare a Flux eager and compiled; options --model FILE, --steps N, --size WxH, --out DIR, --json FILE",
     "test": "run the tests; options are pytest's; --matrix: with every ComfyUI and PyTorch supported, in turn",
-    "bench": "measure steps, --soak N prompts or --quantize; options --rounds N, --model FILE, --steps N, --size WxH",
+    "bench": "measure steps, --soak N, --quantize or --start; options --rounds N, --model FILE, --steps N, --size WxH",
     "serve": "run ComfyUI with this pack for a browser; options --port N, -- ARGUMENTS OF COMFYUI",
 }
 # Like python -m, without the current folder, whose modules could shadow others.

@@ -1,4 +1,4 @@
-"""dev.py bench: seconds per step eager and compiled, on one thread, in turns; a soak; or the quality of formats."""
+"""dev.py bench: seconds per step eager and compiled, on one thread, in turns; a soak; formats' quality; starts."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from statistics import median
 
+from benchmarks import start
 from benchmarks.quantize import qualities, rows
 from devtools.cli import Progress, add_sampling_arguments, comfyui_folder, positive, print_table, run_tool, write_json
 from devtools.measure import compare
@@ -31,7 +32,12 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument(
         "--quantize", action="store_true", help="instead, size and signal-to-noise ratio of each format"
     )
+    parser.add_argument(
+        "--start", action="store_true", help="instead, the first step after a start of ComfyUI: cold, warm and loaded"
+    )
     given = parser.parse_args(arguments)
+    if given.start:
+        return run_start(given.rounds, given.json)
     if given.soak:
         return run_soak(given.soak, given.json)
     if given.quantize:
@@ -93,6 +99,18 @@ def run_quantize(size: tuple[int, int], json: Path | None) -> int:
     print_table(rows(measured))
     if json:
         write_json(json, [asdict(quality) for quality in measured])
+    return 0
+
+
+def run_start(rounds: int, json: Path | None) -> int:
+    progress = Progress()
+    progress.stage("Starting, on a tiny Flux.1 of 19 double and 38 single blocks")
+    seen = start.measure(rounds, progress.detail)
+    progress.done()
+    print("The first step after a start, each in a process of its own, one thread\n")
+    print_table(start.rows(seen))
+    if json:
+        write_json(json, seen)
     return 0
 
 

@@ -292,7 +292,9 @@ def _runnable(entry: Any, kernels: Mapping[str, Callable[..., Any]]) -> Callable
     assert spec is not None and spec.loader is not None
     module: Any = importlib.util.module_from_spec(spec)
     module.hotpath_kernels = Kernels()
-    spec.loader.exec_module(module)
+    # Its Triton kernels are here, and no pool of processes is needed to compile them.
+    with config.patch(compile_threads=1):
+        spec.loader.exec_module(module)
     for name, value in CompiledFxGraphConstants().unwrap(graph).items():
         setattr(module, name, value)
     graph.current_callable = module.call
