@@ -141,7 +141,7 @@ class Dependency:
     """
 
     module: str
-    path: tuple[tuple[bool, Any], ...]
+    path: tuple[tuple[str, Any], ...]
     description: str = ""
     _seen: Any = field(default=None, init=False, repr=False, compare=False)
 
@@ -149,8 +149,8 @@ class Dependency:
         """Raises NotPortable when there is nothing of the name."""
         found: Any = module_named(self.module)
         try:
-            for is_item, name in self.path:
-                found = found[name] if is_item else getattr(found, name)
+            for step, name in self.path:
+                found = type(found) if step == "type" else found[name] if step == "item" else getattr(found, name)
         except (AttributeError, LookupError, TypeError):
             raise NotPortable(f"{self} is gone") from None
         return found
@@ -171,7 +171,10 @@ class Dependency:
         return True
 
     def __str__(self) -> str:
-        return self.module + "".join(f"[{name!r}]" if is_item else f".{name}" for is_item, name in self.path)
+        text = self.module
+        for step, name in self.path:
+            text = f"type({text})" if step == "type" else f"{text}[{name!r}]" if step == "item" else f"{text}.{name}"
+        return text
 
 
 def global_dependency(guarded: str, aliases: Mapping[str, str], module: str) -> Dependency:
@@ -185,25 +188,28 @@ def global_dependency(guarded: str, aliases: Mapping[str, str], module: str) -> 
         NotPortable: it is named in another way.
     """
     node = ast.parse(guarded, mode="eval").body
-    path: list[tuple[bool, Any]] = []
+    path: list[tuple[str, Any]] = []
     while not isinstance(node, ast.Name):
         if isinstance(node, ast.Attribute):
-            path.insert(0, (False, node.attr))
+            path.insert(0, ("attribute", node.attr))
             node = node.value
         elif isinstance(node, ast.Subscript) and isinstance(node.slice, ast.Constant):
-            path.insert(0, (True, node.slice.value))
+            path.insert(0, ("item", node.slice.value))
             node = node.value
+        elif isinstance(node, ast.Call) and ast.unparse(node.func) == "type" and len(node.args) == 1:
+            path.insert(0, ("type", None))
+            node = node.args[0]
         else:
             raise NotPortable(f"it depends on {guarded}")
-    if node.id != "G" or not path or not path[0][0]:
+    if node.id != "G" or not path or path[0][0] != "item":
         raise NotPortable(f"it depends on {guarded}")
     start = path.pop(0)[1]
     if start in aliases:
         module = aliases[start]
-    elif start.startswith("__builtins_dict__"):
-        module, path[0] = "builtins", (False, path[0][1])
+    elif start.startswith("__builtins_dict__") and path:
+        module, path[0] = "builtins", ("attribute", path[0][1])
     else:
-        path.insert(0, (False, start))
+        path.insert(0, ("attribute", start))
     dependency = Dependency(portable_name(module), tuple(path))
     dependency.description = describe(dependency.value())
     return dependency

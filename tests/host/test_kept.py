@@ -95,7 +95,7 @@ def test_every_kind_of_input_and_operator_is_kept(make, run, restart):
 @needs_ahead
 def test_weights_loras_prompts_and_seeds_do_not_matter(restart, flux_weights):
     weights = checkpoints.flux1(1, 1)
-    sample(kept(load(weights)))
+    sample(kept(load(dict(weights))))
     restart()
     other = load({name: weight * 0.9 for name, weight in weights.items()})
     with Counting() as counting:
