@@ -386,7 +386,7 @@ def _gpu(device: torch.device) -> dict[str, str]:
     if torch.version.hip is not None:
         runtime = {"ROCm": torch.version.hip}
     else:
-        driver: Callable[[], int] = torch._C._cuda_getDriverVersion
+        driver: Callable[[], int] = getattr(torch._C, "_cuda_getDriverVersion")  # noqa: B009 (no stub has it)
         runtime = {"CUDA": str(torch.version.cuda), "driver for CUDA": str(driver() // 1000)}
     properties = torch.cuda.get_device_properties(device)
     architecture = getattr(properties, "gcnArchName", "") or f"{properties.major}.{properties.minor}"
