@@ -45,7 +45,7 @@ def kept_region(
     Raises:
         NotPortable: they can't be; the message says why.
     """
-    why_not = unsupported(settings)
+    why_not = unsupported(settings, device)
     if why_not:
         raise NotPortable(why_not)
     chosen = (settings.mode, settings.dynamic)
@@ -56,8 +56,10 @@ def kept_region(
     return Kept(store(), region, functools.partial(facts, device))
 
 
-def unsupported(settings: CompileSettings) -> str:
+def unsupported(settings: CompileSettings, device: torch.device) -> str:
     """Why nothing is kept with these settings; empty when it is."""
+    if device.type not in ("cpu", "cuda"):
+        return f"devices of kind {device.type} can't be told from one another"
     if not supported():
         return f"PyTorch {torch.__version__} can't keep what it compiles; 2.11 and newer can"
     if settings.backend != "inductor":

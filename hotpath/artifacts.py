@@ -381,8 +381,6 @@ def _triton_version() -> str:
 
 
 def _gpu(device: torch.device) -> dict[str, str]:
-    if device.type != "cuda":
-        return {"device": device.type}
     if torch.version.hip is not None:
         runtime = {"ROCm": torch.version.hip}
     else:

@@ -203,6 +203,10 @@ class Region:
         Raises:
             RegionFailed: it had to be compiled and could not be.
         """
+        for graph in self._graphs:
+            if graph.accepts(weights, inputs):
+                return graph(weights, inputs)
+        # Newer PyTorch tells marked tensors from others, also in a graph that was compiled for either.
         if self.settings.dynamic != "never":
             for name, dims in dynamic_dims.items():
                 torch._dynamo.maybe_mark_dynamic(inputs[name], list(dims))
@@ -235,9 +239,6 @@ class Region:
         return plain_reason(self._guard_failure or last_guard_failure(self._code))
 
     def _run(self, weights: dict[str, Tensor], inputs: dict[str, Any]) -> Any:
-        for graph in self._graphs:
-            if graph.accepts(weights, inputs):
-                return graph(weights, inputs)
         try:
             if self._kept is not None and (made := self._compile_ahead(self._kept, weights, inputs)):
                 return made(weights, inputs)

@@ -279,11 +279,9 @@ def _runnable(entry: Any, kernels: Mapping[str, Callable[..., Any]]) -> Callable
         def cpp_pybinding(self, argtypes: Any, source_code: str) -> Any:
             return kernels[_hash(source_code.encode())]
 
-    class Loaded:
-        """A graph that is as if just compiled. PyTorch would look for the code of its own class elsewhere."""
-
-        post_compile = CompiledFxGraph.post_compile
-        __call__ = CompiledFxGraph.__call__
+    # A graph that is as if just compiled: PyTorch would look for the code of its own class elsewhere.
+    own = {name: value for name, value in vars(CompiledFxGraph).items() if name not in ("__dict__", "__weakref__")}
+    loaded = type("LoadedGraph", CompiledFxGraph.__bases__, own)
 
     graph = entry.compiled_fw.result
     if graph._triton_bundle:
@@ -300,7 +298,7 @@ def _runnable(entry: Any, kernels: Mapping[str, Callable[..., Any]]) -> Callable
     graph.current_callable = module.call
     graph.recursively_apply_fns = getattr(module, "recursively_apply_fns", None)
     graph.compiled_fn_runner = getattr(module, "runner", None)
-    graph.__class__ = Loaded
+    graph.__class__ = loaded
     # Dynamo's guards stand for it.
     entry.guards_expr = None
     boxed = {"cudagraphs": BoxedBool(config.triton.cudagraphs), "boxed_forward_device_index": BoxedDeviceIndex(None)}

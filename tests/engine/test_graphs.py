@@ -1,6 +1,7 @@
 """Regions compiled ahead of time: what they accept, what they refuse, and in another process."""
 
 import gc
+import os
 import shutil
 import subprocess
 import sys
@@ -295,7 +296,8 @@ def test_another_process_without_a_compiler_loads_it(tmp_path):
     run(compiled, 2)
     code = textwrap.dedent(OTHER_PROCESS.format(root=str(ROOT), tests=str(Path(__file__).parent), folder=str(folder)))
     empty = tmp_path / "inductor"
-    env = {"CXX": "/nonexistent", "PATH": "/nonexistent", "TORCHINDUCTOR_CACHE_DIR": str(empty)}
+    tools = {"CXX": "/nonexistent", "PATH": "/nonexistent", "TORCHINDUCTOR_CACHE_DIR": str(empty)}
+    env = {**os.environ, **tools}
     done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert not empty.exists() or not [path for path in empty.rglob("*") if path.is_file()]
