@@ -23,8 +23,8 @@ SIDES = (
     ("ours, cold", "ours", False, False),
     ("ours, warm cache", "ours", True, False),
     ("ours, loaded", "ours", False, True),
-    ("plain per block, cold", "per block", False, False),
-    ("plain per block, warm cache", "per block", True, False),
+    ("plain per block, cold", "per-block", False, False),
+    ("plain per block, warm cache", "per-block", True, False),
     ("whole model, cold", "whole", False, False),
     ("whole model, warm cache", "whole", True, False),
 )
@@ -122,7 +122,7 @@ def _side(kind: str, user: Path) -> dict[str, Any]:
 
 def main(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser()
-    parser.add_argument("kind", choices=("ours", "per block", "whole"))
+    parser.add_argument("kind", choices=("ours", "per-block", "whole"))
     parser.add_argument("user", type=Path)
     given = parser.parse_args(arguments)
     print(json.dumps(_side(given.kind, given.user)))
