@@ -31,7 +31,8 @@ SIDES = (
 
 
 def measure(rounds: int, show: Callable[[str], None]) -> dict[str, list[dict[str, Any]]]:
-    """``rounds`` starts of each side in turns: seconds of the first step, of loading, frames, graphs and processes."""
+    """``rounds`` starts of each side in turns: seconds of the first step and of loading, counts, largest difference of
+    the latent from eager."""
     seen: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for number in range(rounds):
         with tempfile.TemporaryDirectory(prefix="hotpath-", ignore_cleanup_errors=True) as folder:
@@ -45,13 +46,15 @@ def measure(rounds: int, show: Callable[[str], None]) -> dict[str, list[dict[str
 
 def rows(seen: Mapping[str, list[dict[str, Any]]]) -> list[tuple[str, str]]:
     cold = median(run["first"] for run in seen["ours, cold"])
-    table = [("", "first step, s            ours, cold = 1  loading, s  graphs  frames  processes")]
+    table = [("", "first step, s             ours, cold = 1  loading, s  graphs  frames  processes  difference")]
     for name, runs in seen.items():
         first = [run["first"] for run in runs]
         spread = f"{median(first):.2f} ({min(first):.2f} to {max(first):.2f})"
         loading = median(run["loading"] for run in runs)
         counts = "  ".join(f"{runs[-1][what]:>{len(what)}}" for what in ("graphs", "frames", "processes"))
-        table.append((name, f"{spread:<26}{median(first) / cold:>13.3f}  {loading:>10.2f}  {counts}"))
+        difference = max(run["difference"] for run in runs)
+        line = f"{spread:<26}{median(first) / cold:>14.3f}  {loading:>10.2f}  {counts}  {difference:>10.1e}"
+        table.append((name, line))
     return table
 
 
@@ -109,9 +112,8 @@ def _side(kind: str, user: Path) -> dict[str, Any]:
     begun = time.perf_counter()
     got = sample(side, steps=1)
     first = time.perf_counter() - begun
-    if not (got - want).abs().max() <= 1e-4:
-        raise AssertionError(f"{kind} differs from eager by {(got - want).abs().max()}")
     return {
+        "difference": (got - want).abs().max().item(),
         "first": first,
         "loading": sum(region.stats.load_seconds for region in REGIONS),
         "graphs": graphs_so_far(),

@@ -53,6 +53,11 @@ def kept_region(
     gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     text = text_of((name, chosen, kinds, dtypes, torch.is_inference_mode_enabled(), gpu))
     region = "\n".join((text, function_text(bind), structure_text(template)))
+    try:
+        facts(device)
+    except AttributeError as error:
+        # A PyTorch that is newer than what the tests pass with may have moved a switch.
+        raise NotPortable(f"PyTorch {torch.__version__} is not known well enough ({error})") from error
     return Kept(store(), region, functools.partial(facts, device))
 
 

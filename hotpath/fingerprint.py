@@ -11,6 +11,8 @@ import inspect
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from dataclasses import dataclass, field
+from functools import partial
+from operator import attrgetter
 from types import BuiltinFunctionType, CodeType, FunctionType, ModuleType
 from typing import Any
 
@@ -144,6 +146,7 @@ class Dependency:
     path: tuple[tuple[str, Any], ...]
     description: str = ""
     _seen: Any = field(default=None, init=False, repr=False, compare=False)
+    _find: Callable[[], Any] | None = field(default=None, init=False, repr=False, compare=False)
 
     def value(self) -> Any:
         """Raises NotPortable when there is nothing of the name."""
@@ -157,9 +160,14 @@ class Dependency:
 
     def holds(self) -> bool:
         """Whether the value is what it was when the region was traced."""
+        # Asked before each call of a block, so that the way there is walked in C where it can be.
         try:
-            value = self.value()
-        except NotPortable:
+            if self._find is None:
+                plain = all(step == "attribute" for step, _ in self.path)
+                way = ".".join(str(name) for _, name in self.path)
+                self._find = partial(attrgetter(way), module_named(self.module)) if plain else self.value
+            value = self._find()
+        except (NotPortable, AttributeError):
             return False
         if value is self._seen:
             return True
