@@ -127,7 +127,13 @@ def _methods(kind: type) -> list[FunctionType]:
 
 
 def _class_text(kind: type) -> str:
-    return f"class {_class_name(kind)} {digest(repr([describe(method) for method in _methods(kind)]))}"
+    told = [describe(method) for method in _methods(kind)]
+    told += [f"{name}={vars(kind)[name]!r}" for name in sorted(vars(kind)) if _is_constant(name, vars(kind)[name])]
+    return f"class {_class_name(kind)} {digest(repr(told))}"
+
+
+def _is_constant(name: str, value: Any) -> bool:
+    return not name.startswith("__") and isinstance(value, _PLAIN)
 
 
 def _class_name(kind: type) -> str:

@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._dynamo.exc import PackageError, TorchDynamoException
+from torch._dynamo.exc import TorchDynamoException
 
 from .fingerprint import (
     Dependency,
@@ -103,6 +103,8 @@ def compile_graph(
         NotAhead: it can't be kept for another process, or PyTorch's ahead-of-time compiler failed otherwise.
         TorchDynamoException: it can't be traced as one graph.
     """
+    from torch._dynamo.exc import PackageError
+
     names: list[str] = []
 
     def portable(entries: Any) -> list[bool]:

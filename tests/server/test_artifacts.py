@@ -75,15 +75,15 @@ def test_off_neither_looks_for_it_nor_stores_it(first, tmp_path):
         assert states(live) == {"double block": "off"}
 
 
-def test_another_number_of_threads_is_named(first, tmp_path):
+def test_a_setting_that_differs_is_named(first, tmp_path):
     base = tmp_path / "host"
     shutil.copytree(first / "user", base / "user")
-    with next_start(base, tmp_path, OMP_NUM_THREADS="7") as (live, _):
+    with next_start(base, tmp_path, TORCHINDUCTOR_FREEZING="1") as (live, _):
         result = live.sample(compiled={"on_failure": "eager"}, steps=2)
         assert (live.server.latent(result) - live.latent(steps=2)).abs().max() <= TOLERANCE
         assert live.counts() == NOTHING_COMPILED
-        (region,) = live.server.report()["regions"][:1]
-        assert region["cache"].startswith("miss: threads ") and region["cache"].endswith(" -> 7")
+        assert set(states(live).values()) == {live.server.report()["regions"][0]["cache"]}
+        assert states(live)["double block"].startswith("miss: settings of torch.compile ")
 
 
 def load_blocks(live, file, trust=False):
