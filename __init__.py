@@ -5,10 +5,12 @@ from comfy_api.latest import ComfyExtension, io
 from .host import report
 from .nodes.compile_repeated_blocks import CompileRepeatedBlocks
 from .nodes.compile_report import CompileReport
+from .nodes.load_compiled_blocks import LoadCompiledBlocks
 from .nodes.load_diffusers_flux import LoadDiffusersFlux
 from .nodes.offload_repeated_blocks import OffloadRepeatedBlocks
 from .nodes.quantize_repeated_blocks import QuantizeRepeatedBlocks
 from .nodes.save_as_diffusers_flux import SaveAsDiffusersFlux
+from .nodes.save_compiled_blocks import SaveCompiledBlocks
 
 WEB_DIRECTORY = "./js"
 
@@ -23,6 +25,8 @@ class HotPathExtension(ComfyExtension):
             QuantizeRepeatedBlocks,
             OffloadRepeatedBlocks,
             CompileReport,
+            SaveCompiledBlocks,
+            LoadCompiledBlocks,
             LoadDiffusersFlux,
             SaveAsDiffusersFlux,
         ]

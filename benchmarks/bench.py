@@ -1,4 +1,4 @@
-"""dev.py bench: ours beside every other way to compile; or a model of yours, a soak, or the quality of formats."""
+"""dev.py bench: ours beside every other way to compile; or a model of yours, a soak, formats, memory or starts."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from statistics import median
 
-from benchmarks import memory
+from benchmarks import memory, start
 from benchmarks.compare import compare_sides, picture, problems, table
 from benchmarks.quantize import qualities, rows
 from devtools.cli import Progress, add_sampling_arguments, comfyui_folder, positive, print_table, run_tool, write_json
@@ -45,7 +45,12 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument(
         "--memory", action="store_true", help="instead, what Flux.1-dev takes on the card and over the bus"
     )
+    parser.add_argument(
+        "--start", action="store_true", help="instead, the first step after a start of ComfyUI: cold, warm and loaded"
+    )
     given = parser.parse_args(arguments)
+    if given.start:
+        return run_start(given.rounds, given.json)
     if given.soak:
         return run_soak(given.soak, given.json)
     if given.quantize:
@@ -149,6 +154,18 @@ def _blocks(text: str) -> tuple[int, int]:
 def write_plot(path: Path, picture: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(picture, encoding="utf-8")
+
+
+def run_start(rounds: int, json: Path | None) -> int:
+    progress = Progress()
+    progress.stage("Starting, on a tiny Flux.1 of 19 double and 38 single blocks")
+    seen = start.measure(rounds, progress.detail)
+    progress.done()
+    print("The first step after a start, each in a process of its own, one thread\n")
+    print_table(start.rows(seen))
+    if json:
+        write_json(json, seen)
+    return 0
 
 
 def _spread(seconds: Sequence[float]) -> str:

@@ -18,12 +18,15 @@ from comfy.patcher_extension import CallbacksMP, WrapperExecutor, WrappersMP
 from comfy_api.torch_helpers.torch_compile import COMPILE_KEY as WHOLE_MODEL_KEY
 from torch import Tensor, nn
 
+from ..hotpath.artifacts import FIRST_TIME
 from ..hotpath.attention import Attend, attention_scope
 from ..hotpath.compiled import CompileSettings, Region, RegionFailed, RegionStore, input_kinds
+from ..hotpath.fingerprint import NotPortable
 from ..hotpath.preflight import compile_problems
 from ..hotpath.reasons import how_to_avoid
 from ..hotpath.selection import select_blocks
 from ..hotpath.template import BlockPlan, NotHoistable, plan_block
+from .artifacts import kept_region
 from .flux import KINDS, BlockKind, attention_for, bind_for, region_inputs, require_blocks, token_dims
 from .models import require_model
 from .progress import NodeText
@@ -48,10 +51,12 @@ def compile_repeated_blocks(
     single_blocks: str,
     on_failure: str,
     text: NodeText,
+    cache: str = "off",
 ) -> ModelPatcher:
     """A clone of ``model`` whose selected blocks run compiled; ``model`` itself stays as it is.
 
-    ``on_failure``: ``eager`` samples without what can't be compiled and says so, ``error`` ends the prompt.
+    ``on_failure``: ``eager`` samples without what can't be compiled and says so, ``error`` ends the prompt. ``cache``:
+    ``auto`` keeps what is compiled for the next start of ComfyUI, ``off`` neither keeps nor looks for it.
 
     A later call on the result replaces the settings of an earlier one.
 
@@ -72,7 +77,7 @@ def compile_repeated_blocks(
     settings.check_device(model.load_device)
     compiled = model.clone()
     compiled.remove_wrappers_with_key(WrappersMP.APPLY_MODEL, WRAPPER_KEY)
-    blocks = CompiledBlocks(settings, selection, on_failure, text)
+    blocks = CompiledBlocks(settings, selection, on_failure, text, cache)
     compiled.add_wrapper_with_key(WrappersMP.APPLY_MODEL, WRAPPER_KEY, blocks)
     compiled.remove_callbacks_with_key(CallbacksMP.ON_PRE_RUN, WRAPPER_KEY)
     compiled.add_callback_with_key(CallbacksMP.ON_PRE_RUN, WRAPPER_KEY, blocks.start)
@@ -87,16 +92,23 @@ class CompiledBlocks:
     """
 
     def __init__(
-        self, settings: CompileSettings, selection: Mapping[str, str], on_failure: str, text: NodeText
+        self,
+        settings: CompileSettings,
+        selection: Mapping[str, str],
+        on_failure: str,
+        text: NodeText,
+        cache: str = "off",
     ) -> None:
         self.settings = settings
         self.selection = selection
         self.on_failure = on_failure
         self.text = text
+        self.cache = cache
         self.regions: dict[Region, None] = {}
         self.compiled: Counter[str] = Counter()
         self.eager: dict[str, set[str]] = {}
         self.seconds = 0.0
+        self.load_seconds = 0.0
         self.recompiles: list[str] = []
         self._failed: dict[Region, str] = {}
         self._told: set[str] = set()
@@ -138,8 +150,12 @@ class CompiledBlocks:
         parts = []
         if self.compiled:
             blocks = " and ".join(f"{count} {name}" for name, count in self.compiled.items())
-            took = f"in {self.seconds:.1f} s" if self.seconds else "earlier"
-            parts.append(f"{blocks} blocks run as {len(self.regions)} regions, compiled {took}")
+            took = [f"compiled in {self.seconds:.1f} s"] if self.seconds else []
+            took += [f"loaded in {self.load_seconds:.2f} s"] if self.load_seconds else []
+            parts.append(f"{blocks} blocks run as {len(self.regions)} regions, {', '.join(took) or 'compiled earlier'}")
+            # That nothing was stored yet is no news.
+            states = {region.stats.cache.removeprefix(FIRST_TIME).removeprefix("; ") for region in self.regions}
+            parts += [f"cache {state}" for state in sorted(states) if state.startswith(("miss", "not stored"))]
         if self.recompiles:
             parts.append(f"compiled again: {', '.join(self.recompiles[-_FEW:])}{self._advice()}")
         for reason, names in self.eager.items():
@@ -230,14 +246,27 @@ class CompiledBlocks:
         name = f"{kind.name} block" if attend is None else f"patched {kind.name} block"
         kinds = input_kinds(inputs, shapes=self.settings.dynamic == "never")
         dtypes = tuple(weight.dtype for weight in weights.values())
-        key = (plan.key, bind, self.settings, kinds, dtypes, torch.is_inference_mode_enabled())
-        region = REGIONS.get(key, lambda: Region(name, plan.template, bind, self.settings, kind.streams))
+        device = inputs[kind.activation].device
+        key = (plan.key, bind, self.settings, kinds, dtypes, torch.is_inference_mode_enabled(), self.cache)
+
+        def make() -> Region:
+            kept, why_not = None, ""
+            if self.cache == "auto":
+                try:
+                    kept = kept_region(name, plan.template, bind, self.settings, kinds, dtypes, device)
+                except NotPortable as reason:
+                    why_not = f": {reason}"
+            region = Region(name, plan.template, bind, self.settings, kind.streams, kept)
+            region.stats.cache += why_not
+            return region
+
+        region = REGIONS.get(key, make)
         if region in self._failed:
             raise NotHoistable(self._failed[region])
         first, spent, recompiles = not region.compiled, region.stats.seconds, len(region.stats.recompiles)
         try:
-            if first:
-                self._check_machine(region, inputs[kind.activation].device, dtypes)
+            if first and not region.loads(weights, inputs):
+                self._check_machine(region, device, dtypes)
                 self._announce(region)
             with nullcontext() if attend is None else attention_scope(attend):
                 out = region(weights, inputs, token_dims(inputs))
@@ -249,6 +278,8 @@ class CompiledBlocks:
             self._note_recompile("another size")
         for reason in region.stats.recompiles[recompiles:]:
             self._note_recompile(reason)
+        if first:
+            self.load_seconds += region.stats.load_seconds
         self.regions.setdefault(region)
         self.compiled[kind.name] += 1
         self.seconds += region.stats.seconds - spent

@@ -74,6 +74,8 @@ def describe(model: ModelPatcher) -> str:
             f"peak memory raised by {stats.peak_growth / 2**20:.0f} MiB ({region.settings.backend}, "
             f"{region.settings.mode})"
         )
+        loaded = f", {stats.loaded} graphs loaded in {stats.load_seconds:.2f} s" if stats.loaded else ""
+        lines.append(f"{region.name} region cache: {stats.cache}{loaded}")
         lines += [f"{region.name} region broke: {reason}" for reason in stats.breaks]
         lines += [f"{region.name} region compiled again: {reason}" for reason in stats.recompiles]
         if stats.limit_reached:

@@ -22,7 +22,9 @@ from torch import Tensor, nn
 from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
 from torch.func import functional_call
 
+from .artifacts import Kept
 from .counters import breaks_since, breaks_so_far, graphs_so_far, last_guard_failure, source_line
+from .graphs import Graph, NotAhead, compile_graph, load_graph
 from .limits import graph_limit
 from .memory import peak_bytes
 from .reasons import plain_reason
@@ -98,11 +100,15 @@ class RegionStats:
 
     ``seconds`` is wall time of the calls that compiled, and ``peak_growth`` how many bytes those calls raised the peak
     memory of the device (on a CPU, of this process). ``breaks`` and ``recompiles`` are the reasons for graph breaks
-    and for all graphs after the first, in plain words.
+    and for all graphs after the first, in plain words. ``loaded`` graphs were compiled by an earlier process, and
+    ``cache`` says what came of looking for them.
     """
 
     graphs: int = 0
     seconds: float = 0.0
+    loaded: int = 0
+    load_seconds: float = 0.0
+    cache: str = "off"
     peak_growth: int = 0
     limit_reached: bool = False
     breaks: list[str] = field(default_factory=list)
@@ -119,10 +125,19 @@ class RegionFailed(RuntimeError):
 class Region:
     """One compiled function for all blocks that share a structure, settings and kind of inputs.
 
-    ``streams`` is how many inputs have a token count of their own.
+    ``streams`` is how many inputs have a token count of their own. With ``kept``, graphs are compiled ahead of time
+    and outlive the process.
     """
 
-    def __init__(self, name: str, template: nn.Module, bind: Bind, settings: CompileSettings, streams: int = 1) -> None:
+    def __init__(
+        self,
+        name: str,
+        template: nn.Module,
+        bind: Bind,
+        settings: CompileSettings,
+        streams: int = 1,
+        kept: Kept | None = None,
+    ) -> None:
         self.name = name
         self.settings = settings
         self.stats = RegionStats()
@@ -133,15 +148,46 @@ class Region:
 
         # Dynamo keeps its cache and its recompile limit per code object: each region gets one of its own.
         self._code = region.__code__.replace(co_name=f"hotpath_{name.replace(' ', '_')}")
-        own = types.FunctionType(self._code, region.__globals__, self._code.co_name, None, region.__closure__)
+        self._function = types.FunctionType(
+            self._code, region.__globals__, self._code.co_name, None, region.__closure__
+        )
         self._compiled = torch.compile(
-            own,
+            self._function,
             backend=settings.backend,
             mode=settings.mode if settings.backend == "inductor" else None,
             fullgraph=settings.fullgraph,
             dynamic=False if settings.dynamic == "never" else None,
         )
         self._limit = settings.graph_limit(streams)
+        self._kept = kept
+        self._closure = {"template": template, "bind": bind}
+        self._graphs: list[Graph] = []
+        self._guard_failure = ""
+
+    @property
+    def kept(self) -> Kept | None:
+        """Where its graphs are kept; None when they can't be."""
+        return self._kept
+
+    def loads(self, weights: dict[str, Tensor], inputs: dict[str, Any]) -> bool:
+        """Load what an earlier process compiled; whether that does for these arguments, so that nothing is compiled."""
+        if self._kept is None:
+            return False
+        started = time.perf_counter()
+        try:
+            stored = [] if torch._dynamo.config.disable else self._kept.read()
+            self._graphs = [load_graph(data, self._function, self._closure, self._kept.store.folder) for data in stored]
+        except NotAhead as reason:
+            self._kept.refuse(str(reason))
+        self.stats.loaded = len(self._graphs)
+        self.compiled = any(graph.accepts(weights, inputs) for graph in self._graphs)
+        if self._graphs:
+            if not self.compiled:
+                self._kept.state = f"miss: {plain_reason(self._graphs[0].why_not(weights, inputs))}"
+            self.stats.load_seconds = time.perf_counter() - started
+            log.info("%s region loaded in %.2f s", self.name, self.stats.load_seconds)
+        self.stats.cache = self._kept.state
+        return self.compiled
 
     def __call__(
         self, weights: dict[str, Tensor], inputs: dict[str, Any], dynamic_dims: Mapping[str, Sequence[int]]
@@ -157,6 +203,10 @@ class Region:
         Raises:
             RegionFailed: it had to be compiled and could not be.
         """
+        for graph in self._graphs:
+            if graph.accepts(weights, inputs):
+                return graph(weights, inputs)
+        # Newer PyTorch tells marked tensors from others, also in a graph that was compiled for either.
         if self.settings.dynamic != "never":
             for name, dims in dynamic_dims.items():
                 torch._dynamo.maybe_mark_dynamic(inputs[name], list(dims))
@@ -186,10 +236,12 @@ class Region:
         return out
 
     def _why_compiled_again(self) -> str:
-        return plain_reason(last_guard_failure(self._code))
+        return plain_reason(self._guard_failure or last_guard_failure(self._code))
 
     def _run(self, weights: dict[str, Tensor], inputs: dict[str, Any]) -> Any:
         try:
+            if self._kept is not None and (made := self._compile_ahead(self._kept, weights, inputs)):
+                return made(weights, inputs)
             with graph_limit(self._limit):
                 return self._compiled(weights, inputs)
         except FailOnRecompileLimitHit as error:
@@ -201,6 +253,33 @@ class Region:
             inner = getattr(error, "inner_exception", error)
             first_line = next(iter(str(inner).strip().splitlines()), type(inner).__name__)
             raise RegionFailed(self.name, first_line + source_line(getattr(error, "real_stack", ()))) from error
+
+    def _compile_ahead(self, kept: Kept, weights: dict[str, Tensor], inputs: dict[str, Any]) -> Graph | None:
+        """One more graph, compiled and stored; None when only the ordinary way is left."""
+        if self._graphs:
+            self._guard_failure = self._graphs[-1].why_not(weights, inputs)
+            if len(self._graphs) >= self._limit:
+                raise FailOnRecompileLimitHit
+        tensors, facts = tensors_in(inputs), kept.facts()
+        sizes = tuple(tuple(tensor.shape) for tensor in tensors)
+        if self.settings.dynamic == "auto":
+            # As Dynamo does by itself: what has changed once may be anything.
+            for graph in self._graphs:
+                for tensor, before in zip(tensors, graph.sizes, strict=True):
+                    changed = [dim for dim, size in enumerate(before) if size != tensor.shape[dim]]
+                    torch._dynamo.maybe_mark_dynamic(tensor, changed)
+        dynamic = False if self.settings.dynamic == "never" else None
+        try:
+            made = compile_graph(self._function, self._closure, weights, inputs, sizes, self.settings.mode, dynamic)
+        except NotAhead as reason:
+            self.stats.cache = f"off: {reason}"
+            log.warning("%s region can't be kept for the next start: %s", self.name, reason)
+            self._kept = None
+            return None
+        self._graphs.append(made)
+        kept.add(made.data, facts)
+        self.stats.cache = kept.state
+        return made
 
 
 class RegionStore:

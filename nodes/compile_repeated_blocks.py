@@ -5,6 +5,7 @@ from inspect import cleandoc
 from comfy.model_patcher import ModelPatcher
 from comfy_api.latest import io
 
+from ..host.artifacts import CACHE
 from ..host.compile import compile_repeated_blocks
 from ..host.progress import NodeText
 from ..hotpath.backends import available_backends
@@ -82,6 +83,15 @@ class CompileRepeatedBlocks(io.ComfyNode):
                     "and in the log. error: end the prompt with the reason. Without fullgraph it always ends, as "
                     "part of a block may have run by then.",
                 ),
+                io.Combo.Input(
+                    "cache",
+                    options=list(CACHE),
+                    default="auto",
+                    optional=True,
+                    advanced=True,
+                    tooltip="auto: keep what is compiled, so that the next start of ComfyUI loads it in less than a "
+                    "second instead of compiling. off: compile at each start.",
+                ),
             ],
             outputs=[io.Model.Output(tooltip="The same model, with its repeated blocks compiled while it samples.")],
             hidden=[io.Hidden.unique_id],
@@ -110,7 +120,10 @@ class CompileRepeatedBlocks(io.ComfyNode):
         double_blocks: str,
         single_blocks: str,
         on_failure: str,
+        cache: str = "auto",
     ) -> io.NodeOutput:
         settings = CompileSettings(mode, backend, fullgraph, dynamic)
         text = NodeText(cls.hidden.unique_id)
-        return io.NodeOutput(compile_repeated_blocks(model, settings, double_blocks, single_blocks, on_failure, text))
+        return io.NodeOutput(
+            compile_repeated_blocks(model, settings, double_blocks, single_blocks, on_failure, text, cache)
+        )

@@ -1,0 +1,269 @@
+"""What compiled code depends on, in words that mean the same in another process.
+
+Code is compared as it is in memory, not as its file is now: a file may change while ComfyUI runs.
+"""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import inspect
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
+from dataclasses import dataclass, field
+from functools import partial
+from operator import attrgetter
+from types import BuiltinFunctionType, CodeType, FunctionType, ModuleType
+from typing import Any
+
+import torch
+from torch import nn
+
+_PACK = __name__.rpartition(".")[0].rpartition(".")[0]
+_MODULE_STATE = frozenset(nn.Module().__dict__)
+_PLAIN = (bool, int, float, complex, str, bytes, type(None), type(...), torch.dtype, torch.device)
+
+
+class NotPortable(Exception):
+    """Something can't be told from one process to another; the message says what."""
+
+
+def digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def portable_name(module: str) -> str:
+    """A module's name that does not depend on the folder that the pack was installed in."""
+    return "~" + module.removeprefix(_PACK) if module.startswith(f"{_PACK}.") else module
+
+
+def module_named(portable: str) -> ModuleType:
+    """The module of a ``portable_name``, which must have been imported. Raises NotPortable."""
+    name = _PACK + portable[1:] if portable.startswith("~") else portable
+    try:
+        return sys.modules[name]
+    except KeyError:
+        raise NotPortable(f"the module {portable} is not loaded") from None
+
+
+def code_text(code: CodeType) -> str:
+    """Everything about ``code`` that its result depends on, and neither file nor line."""
+    parts = [code.co_code.hex(), repr((code.co_flags, code.co_names, code.co_varnames))]
+    parts.append(repr((code.co_freevars, code.co_cellvars)))
+    for value in code.co_consts:
+        if isinstance(value, CodeType):
+            parts.append(code_text(value))
+        elif isinstance(value, frozenset):
+            parts.append(repr(sorted(map(repr, value))))
+        else:
+            parts.append(repr(value))
+    return "\n".join(parts)
+
+
+def describe(value: Any) -> str:
+    """A value that a trace read, so that what would be traced otherwise is described otherwise.
+
+    Of an object of any other kind only the class is told: what a trace reads from it is an attribute of its own.
+    """
+    if isinstance(value, FunctionType):
+        defaults = [describe(default) for default in (value.__defaults__, value.__kwdefaults__)]
+        code = digest(code_text(value.__code__))
+        return f"function {portable_name(value.__module__ or '')}.{value.__qualname__} {code} {defaults}"
+    if isinstance(value, BuiltinFunctionType):
+        return f"builtin {value.__module__}.{value.__qualname__}"
+    if isinstance(value, type):
+        # PyTorch changes some of its own while it is used.
+        return f"class {_class_name(value)}" if ships_with_python_or_torch(value.__module__) else _class_text(value)
+    if isinstance(value, _PLAIN):
+        return repr(value)
+    if isinstance(value, (tuple, list)):
+        return f"{_class_name(type(value))} {[describe(item) for item in value]}"
+    if isinstance(value, (set, frozenset)):
+        return f"{_class_name(type(value))} {sorted(map(describe, value))}"
+    if isinstance(value, Mapping):
+        return f"{_class_name(type(value))} { {describe(key): describe(item) for key, item in value.items()} }"
+    return _class_name(type(value))
+
+
+def text_of(value: Any) -> str:
+    """A nest of tuples, classes and plain values, as it is written in a key.
+
+    Raises:
+        NotPortable: there is something else in it.
+    """
+    if isinstance(value, type):
+        return _class_name(value)
+    if isinstance(value, _PLAIN):
+        return repr(value)
+    if isinstance(value, tuple):
+        return f"({', '.join(map(text_of, value))})"
+    raise NotPortable(f"a {_class_name(type(value))} has no fixed text")
+
+
+def structure_text(template: nn.Module) -> str:
+    """A template: its modules, their plain state, their parameters and the code of their classes.
+
+    Raises:
+        NotPortable: a module holds state that has no fixed text.
+    """
+    lines = []
+    for path, module in template.named_modules():
+        state = sorted((name, value) for name, value in module.__dict__.items() if name not in _MODULE_STATE)
+        lines.append(f"{path} {[_class_text(kind) for kind in _own_classes(module)]} {text_of(tuple(state))}")
+        for name, parameter in module._parameters.items():
+            shape = "None" if parameter is None else f"{tuple(parameter.shape)} {parameter.dtype}"
+            lines.append(f"{path}.{name} {shape}")
+    return "\n".join(lines)
+
+
+def _own_classes(module: nn.Module) -> list[type]:
+    return list(type(module).__mro__[: type(module).__mro__.index(nn.Module)])
+
+
+def _methods(kind: type) -> list[FunctionType]:
+    members = [getattr(vars(kind)[name], "fget", vars(kind)[name]) for name in sorted(vars(kind))]
+    functions = [getattr(member, "__func__", member) for member in members]
+    return [function for function in functions if isinstance(function, FunctionType)]
+
+
+def _class_text(kind: type) -> str:
+    told = [describe(method) for method in _methods(kind)]
+    told += [f"{name}={vars(kind)[name]!r}" for name in sorted(vars(kind)) if _is_constant(name, vars(kind)[name])]
+    return f"class {_class_name(kind)} {digest(repr(told))}"
+
+
+def _is_constant(name: str, value: Any) -> bool:
+    return not name.startswith("__") and isinstance(value, _PLAIN)
+
+
+def _class_name(kind: type) -> str:
+    return f"{portable_name(kind.__module__)}.{kind.__qualname__}"
+
+
+@dataclass
+class Dependency:
+    """A global value that a trace read: the module to start from, the way from there, and what was found.
+
+    Dynamo guards on such a value by its identity, which another process can't compare. Here it is compared by
+    identity in the process, and by ``description`` where that fails or across processes.
+    """
+
+    module: str
+    path: tuple[tuple[str, Any], ...]
+    description: str = ""
+    _seen: Any = field(default=None, init=False, repr=False, compare=False)
+    _find: Callable[[], Any] | None = field(default=None, init=False, repr=False, compare=False)
+
+    def value(self) -> Any:
+        """Raises NotPortable when there is nothing of the name."""
+        found: Any = module_named(self.module)
+        try:
+            for step, name in self.path:
+                found = type(found) if step == "type" else found[name] if step == "item" else getattr(found, name)
+        except (AttributeError, LookupError, TypeError):
+            raise NotPortable(f"{self} is gone") from None
+        return found
+
+    def holds(self) -> bool:
+        """Whether the value is what it was when the region was traced."""
+        # Asked before each call of a block, so that the way there is walked in C where it can be.
+        try:
+            if self._find is None:
+                plain = all(step == "attribute" for step, _ in self.path)
+                way = ".".join(str(name) for _, name in self.path)
+                self._find = partial(attrgetter(way), module_named(self.module)) if plain else self.value
+            value = self._find()
+        except (NotPortable, AttributeError):
+            return False
+        if value is self._seen:
+            return True
+        if describe(value) != self.description:
+            return False
+        # What may change in place is described anew each time.
+        if not isinstance(value, Sized) or isinstance(value, (str, bytes, tuple)):
+            self._seen = value
+        return True
+
+    def __str__(self) -> str:
+        text = self.module
+        for step, name in self.path:
+            text = f"type({text})" if step == "type" else f"{text}[{name!r}]" if step == "item" else f"{text}.{name}"
+        return text
+
+
+def global_dependency(guarded: str, aliases: Mapping[str, str], module: str) -> Dependency:
+    """The value that Dynamo names ``guarded``, such as ``G['__import_torch'].nn.functional.linear``, as it is now.
+
+    Args:
+        aliases: Dynamo's own names of modules.
+        module: name of the module whose globals ``G`` are.
+
+    Raises:
+        NotPortable: it is named in another way.
+    """
+    node = ast.parse(guarded, mode="eval").body
+    path: list[tuple[str, Any]] = []
+    while not isinstance(node, ast.Name):
+        if isinstance(node, ast.Attribute):
+            path.insert(0, ("attribute", node.attr))
+            node = node.value
+        elif isinstance(node, ast.Subscript) and isinstance(node.slice, ast.Constant):
+            path.insert(0, ("item", node.slice.value))
+            node = node.value
+        elif isinstance(node, ast.Call) and ast.unparse(node.func) == "type" and len(node.args) == 1:
+            path.insert(0, ("type", None))
+            node = node.args[0]
+        else:
+            raise NotPortable(f"it depends on {guarded}")
+    if node.id != "G" or not path or path[0][0] != "item":
+        raise NotPortable(f"it depends on {guarded}")
+    start = path.pop(0)[1]
+    if start in aliases:
+        module = aliases[start]
+    elif start.startswith("__builtins_dict__") and path:
+        module, path[0] = "builtins", ("attribute", path[0][1])
+    else:
+        path.insert(0, ("attribute", start))
+    dependency = Dependency(portable_name(module), tuple(path))
+    dependency.description = describe(dependency.value())
+    return dependency
+
+
+def traced_places(roots: Iterable[Any]) -> set[tuple[str, int]]:
+    """Module and first line of all functions among ``roots``, of their classes, and of what these define inside."""
+    return {
+        (function.__module__, code.co_firstlineno)
+        for function in _functions(roots)
+        for code in _codes(function.__code__)
+    }
+
+
+def _functions(values: Iterable[Any]) -> Iterator[FunctionType]:
+    for value in values:
+        if isinstance(value, FunctionType):
+            yield value
+        elif isinstance(value, type):
+            yield from _methods(value)
+        elif isinstance(value, nn.Module):
+            for module in value.modules():
+                yield from _functions(_own_classes(module))
+
+
+def _codes(code: CodeType) -> Iterator[CodeType]:
+    yield code
+    for value in code.co_consts:
+        if isinstance(value, CodeType):
+            yield from _codes(value)
+
+
+def ships_with_python_or_torch(module: str) -> bool:
+    """Whether the versions of Python and PyTorch say what is in ``module``."""
+    root = module.partition(".")[0]
+    return root in ("torch", "triton") or root in sys.stdlib_module_names
+
+
+def function_text(function: Callable[..., Any]) -> str:
+    """The code of ``function`` and where it is from. Raises NotPortable when it is no plain function."""
+    if not isinstance(function, FunctionType) or inspect.getclosurevars(function).nonlocals:
+        raise NotPortable(f"{function!r} is no plain function")
+    return describe(function)
