@@ -8,6 +8,7 @@ user can read.
 
 from __future__ import annotations
 
+import ctypes
 import hmac
 import json
 import logging
@@ -380,12 +381,19 @@ def _triton_version() -> str:
     return triton.__version__
 
 
+def _cuda_of_driver() -> str:
+    """The major version of CUDA that the driver runs, which PyTorch does not tell."""
+    version = ctypes.c_int()
+    driver = ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
+    driver.cuDriverGetVersion(ctypes.byref(version))
+    return str(version.value // 1000)
+
+
 def _gpu(device: torch.device) -> dict[str, str]:
     if torch.version.hip is not None:
         runtime = {"ROCm": torch.version.hip}
     else:
-        driver: Callable[[], int] = getattr(torch._C, "_cuda_getDriverVersion")  # noqa: B009 (no stub has it)
-        runtime = {"CUDA": str(torch.version.cuda), "driver for CUDA": str(driver() // 1000)}
+        runtime = {"CUDA": str(torch.version.cuda), "driver for CUDA": _cuda_of_driver()}
     properties = torch.cuda.get_device_properties(device)
     architecture = getattr(properties, "gcnArchName", "") or f"{properties.major}.{properties.minor}"
     return {**runtime, "GPU": f"{properties.name} {architecture}"}
