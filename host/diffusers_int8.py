@@ -105,8 +105,8 @@ def int8_layout(config: Path, quantization: Any) -> Int8Rows:
     ):
         if _HOST_FORMAT["format"] not in comfy.quant_ops.QUANT_ALGOS:
             raise ValueError(
-                f"{config}: the weights are quantized by {method} in int8, which this ComfyUI has no layers for. Update "
-                "ComfyUI, or take the full-precision folder."
+                f"{config}: the weights are quantized by {method} in int8, which this ComfyUI has no layers for. "
+                "Update ComfyUI, or take the full-precision folder."
             )
         return _LAYOUTS[method]
     given = (
