@@ -89,7 +89,7 @@ class CompileRepeatedBlocks(io.ComfyNode):
                     default="auto",
                     optional=True,
                     advanced=True,
-                    tooltip="auto: keep what is compiled, so that the next start of ComfyUI loads it in less than a "
+                    tooltip="auto: keep what is compiled, so that the next start of ComfyUI loads it in about a "
                     "second instead of compiling. off: compile at each start.",
                 ),
             ],
