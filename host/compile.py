@@ -15,7 +15,6 @@ import comfy.model_management
 import torch
 from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import CallbacksMP, WrapperExecutor, WrappersMP
-from comfy_api.torch_helpers.torch_compile import COMPILE_KEY as WHOLE_MODEL_KEY
 from torch import Tensor, nn
 
 from ..hotpath.artifacts import FIRST_TIME
@@ -28,7 +27,7 @@ from ..hotpath.selection import select_blocks
 from ..hotpath.template import BlockPlan, NotHoistable, plan_block
 from .artifacts import kept_region
 from .flux import KINDS, BlockKind, attention_for, bind_for, region_inputs, require_blocks, token_dims
-from .models import require_model
+from .models import compiles_whole_model, require_model
 from .progress import NodeText
 from .weights import block_weights, layer_state, plain_layer
 
@@ -135,8 +134,7 @@ class CompiledBlocks:
         """A wrapper of the host's ``apply_model``; arguments are passed on untouched."""
         self.compiled.clear()
         self.eager.clear()
-        wrappers = transformer_options.get("wrappers", {}).get(WrappersMP.APPLY_MODEL, {})
-        if WHOLE_MODEL_KEY in wrappers:
+        if compiles_whole_model(transformer_options):
             self._note_eager("another node compiles the whole model; remove one of the two", "the model")
             out = executor(x, t, c_concat, c_crossattn, control, transformer_options, **kwargs)
         else:

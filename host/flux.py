@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -60,6 +60,19 @@ KINDS = (
     BlockKind("double", "double_blocks", comfy.ldm.flux.layers.DoubleStreamBlock, "img", 2),
     BlockKind("single", "single_blocks", comfy.ldm.flux.layers.SingleStreamBlock, "x", 1),
 )
+
+
+def named_blocks(diffusion_model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """All repeated blocks by their path in the diffusion model."""
+    for kind in KINDS:
+        for index, block in enumerate(kind.blocks(diffusion_model)):
+            yield f"{kind.attribute}.{index}", block
+
+
+def modulations(block: nn.Module) -> dict[str, Any]:
+    """The block's own modulation modules by name; none where all blocks share theirs or have none."""
+    kind = comfy.ldm.flux.layers.Modulation
+    return {name: module for name, module in block.named_children() if isinstance(module, kind)}
 
 
 def require_blocks(model: ModelPatcher, verb: str) -> nn.Module:

@@ -10,19 +10,18 @@ from functools import partial
 from types import MappingProxyType
 from typing import Any
 
-import comfy.ldm.flux.layers
 import comfy.model_management
 import torch
 from comfy.model_base import BaseModel, convert_tensor
 from comfy.model_patcher import ModelPatcher
-from comfy.patcher_extension import WrapperExecutor, WrappersMP
+from comfy.patcher_extension import WrapperExecutor
 from comfy.quant_ops import QuantizedTensor
-from comfy_api.torch_helpers.torch_compile import COMPILE_KEY as WHOLE_MODEL_KEY
 from torch import Tensor, nn
 
 from ..hotpath.ahead import Table, content_key
 from ..hotpath.template import Given, NotHoistable, refuse_bolted_on
-from .flux import KINDS, conditioning_vector
+from .flux import conditioning_vector, modulations, named_blocks
+from .models import compiles_whole_model
 from .progress import NodeText
 from .weights import refuse_replaced_forward
 
@@ -32,18 +31,11 @@ log = logging.getLogger(__name__)
 CAPACITY = 2**28
 
 
-def modulations(block: nn.Module) -> dict[str, Any]:
-    """The block's own modulation modules by name; none where all blocks share theirs or have none."""
-    kind = comfy.ldm.flux.layers.Modulation
-    return {name: module for name, module in block.named_children() if isinstance(module, kind)}
-
-
 def modulation_layers(diffusion_model: nn.Module) -> dict[str, Any]:
     """The Linear layers of all blocks' modulation, by their path in the diffusion model."""
     return {
-        f"{kind.attribute}.{index}.{name}.lin": module.lin
-        for kind in KINDS
-        for index, block in enumerate(kind.blocks(diffusion_model))
+        f"{path}.{name}.lin": module.lin
+        for path, block in named_blocks(diffusion_model)
         for name, module in modulations(block).items()
     }
 
@@ -213,17 +205,16 @@ class _State:
     def _usable(self, diffusion_model: nn.Module, patcher: ModelPatcher) -> dict[str, Any]:
         """The modulation modules by path, but of blocks where one would not compute as the host defines it."""
         found, any_of_their_own = {}, False
-        for kind in KINDS:
-            for index, block in enumerate(kind.blocks(diffusion_model)):
-                modules = {f"{kind.attribute}.{index}.{name}": module for name, module in modulations(block).items()}
-                any_of_their_own |= bool(modules)
-                try:
-                    for path, module in modules.items():
-                        _refuse_changed(path, module, patcher)
-                except NotHoistable as reason:
-                    self._owner.tell(str(reason))
-                else:
-                    found.update(modules)
+        for prefix, block in named_blocks(diffusion_model):
+            modules = {f"{prefix}.{name}": module for name, module in modulations(block).items()}
+            any_of_their_own |= bool(modules)
+            try:
+                for path, module in modules.items():
+                    _refuse_changed(path, module, patcher)
+            except NotHoistable as reason:
+                self._owner.tell(str(reason))
+            else:
+                found.update(modules)
         if not any_of_their_own:
             self._owner.tell("the blocks of this model have no modulation layers of their own")
         return found
@@ -245,7 +236,7 @@ class _State:
 
 def _why_in_place(patcher: ModelPatcher | None, options: Mapping[str, Any]) -> str | None:
     """Why nothing can come from a table in this call."""
-    if WHOLE_MODEL_KEY in options.get("wrappers", {}).get(WrappersMP.APPLY_MODEL, {}):
+    if compiles_whole_model(options):
         return "another node compiles the whole model"
     if torch.is_grad_enabled():
         return "gradients are being recorded"

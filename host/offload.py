@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import comfy.model_management
@@ -125,13 +123,8 @@ class LeavesOut(ModelPatcher):
 
     def _unload_left_out(self) -> None:
         if any(getattr(layer, "comfy_patched_weights", False) for layer in self._left_out()):
-            with self._listing_left_out():
+            self._listed = True
+            try:
                 super().partially_unload(self.offload_device, 1e32)
-
-    @contextmanager
-    def _listing_left_out(self) -> Iterator[None]:
-        self._listed = True
-        try:
-            yield
-        finally:
-            self._listed = False
+            finally:
+                self._listed = False

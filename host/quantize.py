@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
 
-import comfy.ldm.flux.layers
 import comfy.model_management
 import comfy.ops
 import comfy.utils
@@ -21,7 +20,7 @@ from comfy.quant_ops import QuantizedTensor
 from torch import Tensor, nn
 
 from ..hotpath.template import NotHoistable, refuse_bolted_on
-from .flux import KINDS, require_blocks
+from .flux import modulations, named_blocks, require_blocks
 from .formats import VECTOR_FORMAT, Format, require_format
 from .models import require_model
 from .progress import NodeText
@@ -116,14 +115,8 @@ def weight_bytes(tensor: Tensor) -> int:
 
 def block_bytes(diffusion_model: nn.Module) -> int:
     """Bytes of all weights of the repeated blocks."""
-    parameters = (tensor for _, block in _blocks(diffusion_model) for tensor in block.parameters())
+    parameters = (tensor for _, block in named_blocks(diffusion_model) for tensor in block.parameters())
     return sum(weight_bytes(tensor) for tensor in parameters)
-
-
-def _blocks(diffusion_model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    for kind in KINDS:
-        for index, block in enumerate(kind.blocks(diffusion_model)):
-            yield f"{kind.attribute}.{index}", block
 
 
 def choose(diffusion_model: nn.Module, wanted: Format, skip: str) -> tuple[dict[str, Format], Counter[str]]:
@@ -136,12 +129,8 @@ def choose(diffusion_model: nn.Module, wanted: Format, skip: str) -> tuple[dict[
     unused, names = set(patterns), []
     formats: dict[str, Format] = {}
     counts: Counter[str] = Counter()
-    for prefix, block in _blocks(diffusion_model):
-        vector = {
-            f"{name}.lin"
-            for name, module in block.named_modules()
-            if isinstance(module, comfy.ldm.flux.layers.Modulation)
-        }
+    for prefix, block in named_blocks(diffusion_model):
+        vector = {f"{name}.lin" for name in modulations(block)}
         for name, layer in _linears(prefix, block):
             names.append(name)
             full = f"{prefix}.{name}"

@@ -145,7 +145,7 @@ class Store:
     def key(self) -> bytes:
         """This user's key, made at the first use. Raises Refused when others could know it."""
         self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        self._check_owner()
+        _check_private(self.folder)
         path = self.folder / "key"
         if not path.exists():
             unfinished = path.with_name(f".key-{secrets.token_hex(4)}")
@@ -165,9 +165,6 @@ class Store:
         if len(key) != 32:
             raise Refused(f"{path} is damaged; delete it")
         return key
-
-    def _check_owner(self) -> None:
-        _check_private(self.folder)
 
     def _shrink(self) -> None:
         """Drop files until the folder is within its limit, and what a crash left."""

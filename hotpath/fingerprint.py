@@ -19,8 +19,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from .template import own_state
+
 _PACK = __name__.rpartition(".")[0].rpartition(".")[0]
-_MODULE_STATE = frozenset(nn.Module().__dict__)
 _PLAIN = (bool, int, float, complex, str, bytes, type(None), type(...), torch.dtype, torch.device)
 
 
@@ -108,8 +109,8 @@ def structure_text(template: nn.Module) -> str:
     """
     lines = []
     for path, module in template.named_modules():
-        state = sorted((name, value) for name, value in module.__dict__.items() if name not in _MODULE_STATE)
-        lines.append(f"{path} {[_class_text(kind) for kind in _own_classes(module)]} {text_of(tuple(state))}")
+        state = tuple(sorted(own_state(module).items()))
+        lines.append(f"{path} {[_class_text(kind) for kind in _own_classes(module)]} {text_of(state)}")
         for name, parameter in module._parameters.items():
             shape = "None" if parameter is None else f"{tuple(parameter.shape)} {parameter.dtype}"
             lines.append(f"{path}.{name} {shape}")

@@ -110,6 +110,11 @@ class BlockPlan:
         return [(self._places[index].path, modules[index], self._places[index].state) for index in self._layers]
 
 
+def own_state(module: nn.Module) -> dict[str, Any]:
+    """The attributes of ``module`` that not every module has, by name."""
+    return {name: value for name, value in module.__dict__.items() if name not in _MODULE_STATE}
+
+
 def refuse_bolted_on(path: str, module: nn.Module) -> None:
     """Raise NotHoistable for a forward hook or an overridden ``forward``: a template would ignore either."""
     if module._forward_hooks or module._forward_pre_hooks:
@@ -147,7 +152,7 @@ def plan_block(block: nn.Module, plain_layer: PlainLayer, layer_state: LayerStat
             return plain
         if module._parameters or module._buffers:
             raise NotHoistable(f"{path or 'the block'} ({type(module).__name__}) holds weights outside a known layer")
-        values = {name: value for name, value in module.__dict__.items() if name not in _MODULE_STATE}
+        values = own_state(module)
         for name, value in values.items():
             if not _is_plain(value):
                 raise NotHoistable(f"{path or 'the block'}.{name} is a {type(value).__name__}, which can't be copied")
