@@ -135,7 +135,7 @@ def run_quantize(size: tuple[int, int], json: Path | None) -> int:
 
 
 def run_memory(json: Path | None, plot: Path | None) -> int:
-    needs = memory.needs(comfyui_folder())
+    needs = memory.needs()
     print(f"Flux.1-dev, {memory.SIZE}x{memory.SIZE}: weights on the card, and what crosses the bus for")
     print(f"an image of {memory.STEPS} steps on cards of which 1 GiB is taken\n")
     print_table(memory.rows(needs))

@@ -24,6 +24,7 @@ from safetensors.torch import load_file
 
 from benchmarks.bars import bars
 from benchmarks.sides import CHECKPOINT, LORA, SIDES, Done, Step
+from dev import RUN_MODULE
 from devtools.checkpoints import flux1, lora, save
 from devtools.server import HostFailed
 
@@ -47,8 +48,6 @@ EVENTS: Mapping[str, tuple[str, Step]] = {
     "batch of 2": ("batch", replace(BASE, batch=2)),
 }
 GROUPS = tuple(dict.fromkeys(group for group, _ in EVENTS.values()))
-_RUNNER = "import runpy, sys; sys.path[:] = [sys.argv.pop(1), *filter(None, sys.path)]; "
-_RUNNER += "runpy.run_module(sys.argv.pop(1), run_name='__main__', alter_sys=True)"
 
 
 @dataclass
@@ -110,7 +109,7 @@ class Process:
         # Inductor keeps its precompiled headers among temporary files.
         cache.mkdir()
         caches = dict.fromkeys(("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR", "TMPDIR", "TEMP", "TMP"), str(cache))
-        command = [sys.executable, "-c", _RUNNER, str(ROOT), "benchmarks.sides", name, str(folder), backend]
+        command = [sys.executable, "-c", RUN_MODULE, str(ROOT), "benchmarks.sides", name, str(folder), backend]
         with self._log.open("wb") as log:
             self._process = subprocess.Popen(
                 command,

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from devtools import gpu_host
 from devtools.cli import positive, run_tool, write_json
-from devtools.gpu_host import compiled, load, offload, quantize, sample
+from devtools.gpu_host import compiled, compiled_per_block, load, offload, quantize, sample
 
 GIB = 2**30
 TEXT_TOKENS = 512
@@ -76,8 +76,7 @@ def main(arguments: Sequence[str]) -> int:
 
 def make_sides(blocks: Sequence[int], hidden: int, formats: Sequence[str]) -> list[Side]:
     """The same weights eager and compiled in each way, and quantized; other ways work without dynamic VRAM alone."""
-    from comfy_api.torch_helpers import set_torch_compile_wrapper
-    from comfy_extras.nodes_torch_compile import TorchCompileModel, skip_torch_compile_dict
+    from comfy_extras.nodes_torch_compile import TorchCompileModel
 
     double, single = blocks
     text_width = 4096 if hidden == 3072 else 64
@@ -95,12 +94,7 @@ def make_sides(blocks: Sequence[int], hidden: int, formats: Sequence[str]) -> li
         sides += [Side(format, small), Side(f"{format} ours", compiled(small))]
         sides.append(Side(f"{format} ahead ours", compiled(offload(small))))
     if not eager.is_dynamic():
-        per_block = eager.clone()
-        keys = [f"diffusion_model.double_blocks.{index}" for index in range(double)]
-        keys += [f"diffusion_model.single_blocks.{index}" for index in range(single)]
-        options: Any = {"guard_filter_fn": skip_torch_compile_dict}
-        set_torch_compile_wrapper(per_block, backend="inductor", keys=keys, options=options)
-        sides.append(Side("per block", per_block))
+        sides.append(Side("per block", compiled_per_block(eager)))
         sides.append(Side("whole model", TorchCompileModel.execute(eager, "inductor").args[0]))
     return sides
 

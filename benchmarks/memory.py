@@ -5,15 +5,15 @@ From the host's model on the meta device at full size: no weight is made, so it 
 
 from __future__ import annotations
 
-import sys
-import types
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+import torch
+
 from benchmarks.bars import bars
+from devtools import gpu_host
 
 STEPS = 28
 SIZE = 1024
@@ -65,47 +65,33 @@ class Need:
         return STEPS * max(0, self.resident(ahead) - room) + ahead * self.modulation
 
 
-def needs(comfyui: Path) -> list[Need]:
+def needs() -> list[Need]:
     """What Flux.1-dev takes in each format, from the tensors of the host's model."""
-    import torch
+    gpu_host.start(dynamic_vram=False, cpu=True)
+    import comfy.model_management
+    import comfy.supported_models
+    from hotpath_pack.host.formats import FORMATS as ALL_FORMATS
+    from hotpath_pack.host.modulation import modulation_layers
+    from hotpath_pack.host.quantize import choose, weight_bytes
 
-    host, pack = _import_host(comfyui)
-    config = host.supported_models.Flux({**FLUX_DEV, "dtype": torch.bfloat16})
+    config = comfy.supported_models.Flux({**FLUX_DEV, "dtype": torch.bfloat16})
     model = config.get_model({}, "", device="meta")
-    with patch.object(host.model_management, "pytorch_attention_flash_attention", return_value=True):
+    with patch.object(comfy.model_management, "pytorch_attention_flash_attention", return_value=True):
         activations = int(model.memory_required([1, 16, SIZE // 8, SIZE // 8]))
     diffusion_model = model.diffusion_model
-    vectors = pack.modulation.modulation_layers(diffusion_model)
+    vectors = modulation_layers(diffusion_model)
     table = (STEPS + 1) * sum(layer.out_features for layer in vectors.values()) * torch.bfloat16.itemsize
     measured = []
     for name in FORMATS:
-        layers, _ = pack.quantize.choose(diffusion_model, pack.formats.FORMATS[name], "") if name else ({}, None)
+        layers, _ = choose(diffusion_model, ALL_FORMATS[name], "") if name else ({}, None)
         sizes = {path: tensor.nbytes for path, tensor in diffusion_model.named_parameters()}
         for path, format in layers.items():
             weight = diffusion_model.get_submodule(path).weight
-            sizes[f"{path}.weight"] = pack.quantize.weight_bytes(format.quantize(weight, weight.dtype))
+            sizes[f"{path}.weight"] = weight_bytes(format.quantize(weight, weight.dtype))
         modulation = sum(size for path, size in sizes.items() if path.rpartition(".")[0] in vectors)
         others = sum(sizes.values()) - modulation
         measured.append(Need(name or "bf16", modulation, others, table, activations))
     return measured
-
-
-def _import_host(comfyui: Path) -> tuple[Any, Any]:
-    """The host's modules and the pack's, in this process and on the CPU."""
-    sys.path.insert(0, str(comfyui.resolve()))
-    # As main.py does: the host's nodes.py puts comfy/ first on the path, whose utils.py would shadow this package.
-    import utils.extra_config  # noqa: F401
-    from comfy.cli_args import args
-
-    args.cpu = True
-    module = types.ModuleType("hotpath_pack")
-    module.__path__ = [str(Path(__file__).resolve().parent.parent)]
-    sys.modules.setdefault("hotpath_pack", module)
-    import comfy.supported_models
-    import hotpath_pack.host.modulation
-    import hotpath_pack.host.quantize
-
-    return comfy, hotpath_pack.host
 
 
 def rows(measured: Sequence[Need]) -> list[tuple[str, str]]:

@@ -193,22 +193,12 @@ def make_side(name: str, folder: Path, backend: str) -> HostSide | DiffusersSide
 
 
 def _compilers(backend: str) -> dict[str, Callable[[Any], Any]]:
-    from comfy_api.torch_helpers import set_torch_compile_wrapper
-    from comfy_extras.nodes_torch_compile import TorchCompileModel, skip_torch_compile_dict
-
-    def per_block(model: Any) -> Any:
-        clone = model.clone()
-        flux = clone.model.diffusion_model
-        keys = [f"diffusion_model.double_blocks.{index}" for index in range(len(flux.double_blocks))]
-        keys += [f"diffusion_model.single_blocks.{index}" for index in range(len(flux.single_blocks))]
-        options: Any = {"guard_filter_fn": skip_torch_compile_dict}
-        set_torch_compile_wrapper(clone, backend=backend, keys=keys, options=options)
-        return clone
+    from comfy_extras.nodes_torch_compile import TorchCompileModel
 
     return {
         "eager": lambda model: model,
         "whole model": lambda model: TorchCompileModel.execute(model, backend).args[0],
-        "per block": per_block,
+        "per block": lambda model: gpu_host.compiled_per_block(model, backend),
         "ours": lambda model: gpu_host.compiled(model, backend=backend),
     }
 
@@ -266,10 +256,7 @@ def main(name: str, folder: Path, backend: str) -> None:
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
     torch.set_num_threads(1)
-    gpu_host.start(dynamic_vram=False)
-    from comfy.cli_args import args
-
-    args.cpu = args.use_pytorch_cross_attention = True
+    gpu_host.start(dynamic_vram=False, cpu=True)
     logging.getLogger().setLevel(logging.ERROR)
     from comfyui_version import __version__ as comfyui
 

@@ -9,12 +9,17 @@ import subprocess
 import sys
 import tempfile
 import time
-import types
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
+
+import torch
+
+from dev import RUN_MODULE
+from devtools import gpu_host
+from devtools.checkpoints import flux1
 
 ROOT = Path(__file__).resolve().parent.parent
 BLOCKS = (19, 38)
@@ -61,7 +66,7 @@ def rows(seen: Mapping[str, list[dict[str, Any]]]) -> list[tuple[str, str]]:
 def _start(kind: str, cache: Path, user: Path) -> dict[str, Any]:
     # Triton's workers would start ahead of what is measured.
     env = {**os.environ, "OMP_NUM_THREADS": "1", "TORCHINDUCTOR_CACHE_DIR": str(cache)}
-    command = [sys.executable, str(Path(__file__)), kind, str(user)]
+    command = [sys.executable, "-c", RUN_MODULE, str(ROOT), "benchmarks.start", kind, str(user)]
     done = subprocess.run(command, env=env, capture_output=True, text=True)
     if done.returncode != 0:
         raise OSError(f"{kind} failed:\n{done.stderr[-2000:]}")
@@ -70,22 +75,10 @@ def _start(kind: str, cache: Path, user: Path) -> dict[str, Any]:
 
 def _side(kind: str, user: Path) -> dict[str, Any]:
     """In a fresh process: load a Flux, take an eager step, then the first step of the side."""
-    sys.path[:] = [os.environ["COMFYUI_PATH"], *(entry for entry in sys.path if Path(entry) != ROOT / "benchmarks")]
-    package = types.ModuleType("hotpath_pack")
-    package.__path__ = [str(ROOT)]
-    sys.modules["hotpath_pack"] = package
-    import torch
-    import utils.extra_config  # noqa: F401
-    from comfy.cli_args import args
-
-    args.cpu = not torch.cuda.is_available()
-    args.use_pytorch_cross_attention = args.cpu
+    gpu_host.start(dynamic_vram=False, cpu=not torch.cuda.is_available())
     import comfy.sd
     import folder_paths
-    from comfy_api.torch_helpers import set_torch_compile_wrapper
-    from comfy_extras.nodes_torch_compile import TorchCompileModel, skip_torch_compile_dict
-    from hotpath_pack.devtools.checkpoints import flux1
-    from hotpath_pack.devtools.gpu_host import sample
+    from comfy_extras.nodes_torch_compile import TorchCompileModel
     from hotpath_pack.host.compile import REGIONS, compile_repeated_blocks
     from hotpath_pack.host.progress import NodeText
     from hotpath_pack.hotpath.compiled import CompileSettings
@@ -95,22 +88,19 @@ def _side(kind: str, user: Path) -> dict[str, Any]:
     double, single = BLOCKS
     with torch.inference_mode():
         model = comfy.sd.load_diffusion_model_state_dict(flux1(double, single))
-    want = sample(model, steps=1)
+    want = gpu_host.sample(model, steps=1)
     if kind == "ours":
         cache = "off" if user.name == "nobody" else "auto"
         side = compile_repeated_blocks(model, CompileSettings(), "all", "all", "error", NodeText(None), cache)
     elif kind == "whole":
         side = TorchCompileModel.execute(model, "inductor").args[0]
     else:
-        side = model.clone()
-        keys = [f"diffusion_model.double_blocks.{index}" for index in range(double)]
-        keys += [f"diffusion_model.single_blocks.{index}" for index in range(single)]
-        set_torch_compile_wrapper(side, "inductor", keys=keys, options={"guard_filter_fn": skip_torch_compile_dict})
+        side = gpu_host.compiled_per_block(model)
     started: list[str] = []
     sys.addaudithook(lambda event, given: started.append(str(given[0])) if event == "subprocess.Popen" else None)
     frames = sum(torch._dynamo.utils.counters["frames"].values())
     begun = time.perf_counter()
-    got = sample(side, steps=1)
+    got = gpu_host.sample(side, steps=1)
     first = time.perf_counter() - begun
     return {
         "difference": (got - want).abs().max().item(),

@@ -1,4 +1,4 @@
-"""The host's model code in this process on a CUDA device, set up as its main.py does, and the pack beside it."""
+"""The host's model code in this process, set up as its main.py does, and the pack beside it."""
 
 from __future__ import annotations
 
@@ -17,8 +17,10 @@ from .checkpoints import flux1, quantized
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def start(dynamic_vram: bool = True) -> None:
+def start(dynamic_vram: bool = True, cpu: bool = False) -> None:
     """Make ``comfy`` and ``hotpath_pack`` importable; with ``dynamic_vram`` the host's default on NVIDIA cards.
+
+    ``cpu``: without a CUDA device, with the attention that is the default on one.
 
     Raises:
         RuntimeError: dynamic VRAM can't be had.
@@ -32,6 +34,10 @@ def start(dynamic_vram: bool = True) -> None:
     import utils.extra_config  # noqa: F401
 
     logging.getLogger().setLevel(logging.WARNING)
+    if cpu:
+        from comfy.cli_args import args
+
+        args.cpu = args.use_pytorch_cross_attention = True
     if not dynamic_vram:
         return
     import comfy_aimdo.control as aimdo
@@ -79,6 +85,18 @@ def compiled(model: Any, **settings: Any) -> Any:
     from hotpath_pack.hotpath.compiled import CompileSettings
 
     return compile_repeated_blocks(model, CompileSettings(**settings), "all", "all", "error", NodeText(None))
+
+
+def compiled_per_block(model: Any, backend: str = "inductor") -> Any:
+    """``model`` with each block compiled by the host's own wrapper, as other packs do it."""
+    from comfy_api.torch_helpers import set_torch_compile_wrapper
+    from comfy_extras.nodes_torch_compile import skip_torch_compile_dict
+
+    clone, flux = model.clone(), model.model.diffusion_model
+    keys = [f"diffusion_model.double_blocks.{index}" for index in range(len(flux.double_blocks))]
+    keys += [f"diffusion_model.single_blocks.{index}" for index in range(len(flux.single_blocks))]
+    set_torch_compile_wrapper(clone, backend=backend, keys=keys, options={"guard_filter_fn": skip_torch_compile_dict})
+    return clone
 
 
 def quantize(model: Any, format: str) -> Any:
