@@ -8,7 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from statistics import median
 
-from benchmarks import memory, start
+from benchmarks import memory, offload, start
 from benchmarks.compare import compare_sides, picture, problems, table
 from benchmarks.quantize import qualities, rows
 from devtools.cli import Progress, add_sampling_arguments, comfyui_folder, positive, print_table, run_tool, write_json
@@ -30,7 +30,7 @@ def main(arguments: Sequence[str]) -> int:
         "--blocks", type=_blocks, default=(19, 38), metavar="D+S", help="of the tiny Flux.1 (default: 19+38)"
     )
     parser.add_argument("--quick", action="store_true", help="count graphs without generating code or timing")
-    parser.add_argument("--plot", type=Path, metavar="FILE", help="also draw the comparison, or --memory, as SVG")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="also draw it as SVG")
     parser.add_argument(
         "--soak",
         type=positive,
@@ -46,6 +46,9 @@ def main(arguments: Sequence[str]) -> int:
         "--memory", action="store_true", help="instead, what Flux.1-dev takes on the card and over the bus"
     )
     parser.add_argument(
+        "--offload", action="store_true", help="instead, what streaming blocks costs a step on cards of 8 to 32 GB"
+    )
+    parser.add_argument(
         "--start", action="store_true", help="instead, the first step after a start of ComfyUI: cold, warm and loaded"
     )
     given = parser.parse_args(arguments)
@@ -57,6 +60,8 @@ def main(arguments: Sequence[str]) -> int:
         return run_quantize(given.size or (128, 128), given.json)
     if given.memory:
         return run_memory(given.json, given.plot)
+    if given.offload:
+        return run_offload(given.json, given.plot)
     if not given.model:
         return run_sides(given.blocks, given.rounds, given.quick, given.json, given.plot)
     comparison = compare(
@@ -143,6 +148,20 @@ def run_memory(json: Path | None, plot: Path | None) -> int:
         write_json(json, [asdict(need) for need in needs])
     if plot:
         write_plot(plot, memory.picture(needs))
+    return 0
+
+
+def run_offload(json: Path | None, plot: Path | None) -> int:
+    models = offload.models()
+    rows = list(offload.rows(models))
+    print_table(offload.compared(models))
+    print(f"\nPredicted at {offload.SIZE}x{offload.SIZE} with budget auto, cards of which 1 GiB is taken: a step, as a")
+    print("multiple of its compute time, and the GiB resident from which on it stays within 3 % of that\n")
+    print_table(offload.table(rows))
+    if json:
+        write_json(json, [asdict(row) for row in rows])
+    if plot:
+        write_plot(plot, offload.picture(rows))
     return 0
 
 

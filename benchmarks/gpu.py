@@ -39,6 +39,9 @@ class Side:
     peak_while_compiling: float = 0.0
     peak_steady: float = 0.0
     difference: float = 0.0
+    moves: bool = False
+    streamed_gib: float = 0.0
+    predicted_ms: float = 0.0
     steps: list[float] = field(default_factory=list)
 
 
@@ -49,6 +52,7 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--steps", type=positive, default=20, metavar="N", help="timed steps a side (default: 20)")
     parser.add_argument("--resident", action="store_true", help="without the host's dynamic VRAM")
     parser.add_argument("--formats", nargs="*", default=(), metavar="NAME", help="also quantized to these")
+    parser.add_argument("--shares", type=int, nargs="*", default=(), metavar="PERCENT", help="also offloaded to these")
     parser.add_argument("--sides", nargs="+", metavar="NAME", help="only these")
     parser.add_argument("--profile", type=Path, metavar="FOLDER", help="also write each side's kernels there")
     parser.add_argument("--json", type=Path, metavar="FILE")
@@ -59,10 +63,10 @@ def main(arguments: Sequence[str]) -> int:
     print(", ".join(f"{name} {value:.0f}" for name, value in ceilings.items()), flush=True)
     sides = [
         side
-        for side in make_sides(given.blocks, given.hidden, given.formats)
+        for side in make_sides(given.blocks, given.hidden, given.formats, given.shares)
         if given.sides is None or side.name in given.sides
     ]
-    measure(sides, given.steps)
+    measure(sides, given.steps, ceilings["host to device GB/s"] * 1e6)
     print_sides(sides)
     if given.profile:
         given.profile.mkdir(parents=True, exist_ok=True)
@@ -74,8 +78,9 @@ def main(arguments: Sequence[str]) -> int:
     return 0
 
 
-def make_sides(blocks: Sequence[int], hidden: int, formats: Sequence[str]) -> list[Side]:
-    """The same weights eager and compiled in each way, and quantized; other ways work without dynamic VRAM alone."""
+def make_sides(blocks: Sequence[int], hidden: int, formats: Sequence[str], shares: Sequence[int]) -> list[Side]:
+    """The same weights eager and compiled in each way, quantized, and offloaded to shares of the model in percent;
+    other ways work without dynamic VRAM alone."""
     from comfy_extras.nodes_torch_compile import TorchCompileModel
 
     double, single = blocks
@@ -93,6 +98,10 @@ def make_sides(blocks: Sequence[int], hidden: int, formats: Sequence[str]) -> li
         print(f"{format}: quantized in {time.perf_counter() - started:.1f} s", flush=True)
         sides += [Side(format, small), Side(f"{format} ours", compiled(small))]
         sides.append(Side(f"{format} ahead ours", compiled(offload(small))))
+    for share in shares:
+        for ahead in (1, 0):
+            lean = offload(eager, budget=f"{share} %", prefetch_blocks=ahead)
+            sides.append(Side(f"{share} % {'' if ahead else 'no '}prefetch", compiled(lean), moves=True))
     if not eager.is_dynamic():
         sides.append(Side("per block", compiled_per_block(eager)))
         sides.append(Side("whole model", TorchCompileModel.execute(eager, "inductor").args[0]))
@@ -118,13 +127,35 @@ def run(model: Any, steps: int, size: tuple[int, int] = SIZES[0]) -> tuple[Tenso
     return latent, [start.elapsed_time(end) for start, end in events]
 
 
-def measure(sides: Sequence[Side], steps: int) -> None:
+def predict_streaming(side: Side, sides: Sequence[Side], bandwidth: float) -> None:
+    """Fill in what ``side`` streams in a step, and the step that the model of the bus predicts from the time of the
+    side that keeps all blocks on the device."""
+    from hotpath_pack.host.offload import LeavesOut
+    from hotpath_pack.hotpath.stream import predict
+
+    resident = next((other for other in sides if other.name == "ahead ours"), None)
+    if resident is None or not isinstance(side.model, LeavesOut):
+        return
+    blocks = side.model.get_wrappers("apply_model", "hotpath_offload")[0]
+    sizes = side.model._block_sizes()
+    streamed = [turn for turn, path in enumerate(sizes) if path in blocks.residency.streamed]
+    if streamed:
+        side.streamed_gib = blocks.residency.streamed_bytes / GIB
+        each = median(resident.steps) / len(sizes)
+        side.predicted_ms = predict(
+            list(sizes.values()), [each] * len(sizes), bandwidth, streamed, blocks.prefetch_blocks, steps=5
+        )
+
+
+def measure(sides: Sequence[Side], steps: int, bandwidth: float) -> None:
+    """Run the sides in turns; ``bandwidth`` of the bus in bytes a millisecond."""
     from hotpath_pack.hotpath.counters import graphs_so_far
 
     want, _ = run(sides[0].model, 1)
     rounds = 4
     for side in sides:
-        run(sides[0].model, 1)
+        if not side.moves:
+            run(sides[0].model, 1)
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         graphs, started = graphs_so_far(), time.perf_counter()
@@ -134,13 +165,21 @@ def measure(sides: Sequence[Side], steps: int) -> None:
         side.graphs = graphs_so_far() - graphs
         side.difference = ((latent - want).norm() / want.norm()).item()
         print(f"{side.name}: first step {side.cold_seconds:.1f} s, {side.graphs} graphs", flush=True)
+        if side.moves:
+            # In turns with others all of its weights would have to move each time.
+            torch.cuda.reset_peak_memory_stats()
+            side.steps = run(side.model, 1 + steps)[1][1:]
+            side.peak_steady = torch.cuda.max_memory_allocated() / GIB
+            print(f"{side.name}: {median(side.steps):.1f} ms a step", flush=True)
     for _ in range(rounds):
-        for side in sides:
+        for side in [side for side in sides if not side.moves]:
             # The first step of a run may load weights.
             torch.cuda.reset_peak_memory_stats()
             side.steps += run(side.model, 1 + steps // rounds)[1][1:]
             side.peak_steady = torch.cuda.max_memory_allocated() / GIB
     for side in sides:
+        predict_streaming(side, sides, bandwidth)
+    for side in [side for side in sides if not side.moves]:
         graphs = graphs_so_far()
         for size in SIZES[1:]:
             run(side.model, 1, size)
@@ -173,7 +212,8 @@ def measure_ceilings() -> dict[str, float]:
 
 
 def print_sides(sides: Sequence[Side]) -> None:
-    header = "ms/step", "min", "max", "x eager", "cold s", "graphs", "+2 sizes", "peak 1st", "steady GiB", "rel. diff"
+    names = "ms/step,min,max,x eager,cold s,graphs,+2 sizes,peak 1st,steady GiB,rel. diff,GiB/step,predicted"
+    header = names.split(",")
     print(f"\n{'':<20}" + "".join(f"{name:>11}" for name in header))
     base = median(sides[0].steps)
     for side in sides:
@@ -181,6 +221,7 @@ def print_sides(sides: Sequence[Side]) -> None:
         row = [f"{middle:.1f}", f"{min(side.steps):.1f}", f"{max(side.steps):.1f}", f"{base / middle:.2f}"]
         row += [f"{side.cold_seconds:.1f}", str(side.graphs), str(side.graphs_after_sizes)]
         row += [f"{side.peak_while_compiling:.1f}", f"{side.peak_steady:.1f}", f"{side.difference:.1e}"]
+        row += [f"{side.streamed_gib:.1f}", f"{side.predicted_ms:.1f}"] if side.streamed_gib else []
         print(f"{side.name:<20}" + "".join(f"{value:>11}" for value in row))
 
 

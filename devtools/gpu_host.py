@@ -108,12 +108,12 @@ def quantize(model: Any, format: str) -> Any:
         return quantize_repeated_blocks(model, format, "", NodeText(None))
 
 
-def offload(model: Any, modulation: str = "ahead") -> Any:
-    """``model`` as Offload Repeated Blocks returns it."""
-    from hotpath_pack.host.offload import offload_repeated_blocks
+def offload(model: Any, **settings: Any) -> Any:
+    """``model`` as Offload Repeated Blocks with ``settings`` returns it."""
+    from hotpath_pack.host.offload import OffloadSettings, offload_repeated_blocks
     from hotpath_pack.host.progress import NodeText
 
-    return offload_repeated_blocks(model, modulation, NodeText(None))
+    return offload_repeated_blocks(model, OffloadSettings(**settings), NodeText(None))
 
 
 def sample(model: Any, size: tuple[int, int] = (256, 256), tokens: int = 32, steps: int = 2) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .checkpoints import FluxFile, describe, flux1, save
 from .cli import Progress
-from .server import Event, HostServer, Result
+from .server import STATUS, Event, HostServer, Result
 from .workflows import sampling
 
 
@@ -142,5 +142,5 @@ def _keep(server: HostServer, result: Result, name: str, number: int, comparison
 def _show(progress: Progress, event: Event) -> None:
     if event.type == "progress":
         progress.detail(f"step {event.data['value']} of {event.data['max']}")
-    elif event.type == "text":
+    elif event.type == STATUS:
         progress.detail(event.data["text"])

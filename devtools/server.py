@@ -9,7 +9,6 @@ import os
 import shutil
 import signal
 import socket
-import struct
 import subprocess
 import sys
 import tempfile
@@ -34,7 +33,8 @@ ROOT = Path(__file__).resolve().parent.parent
 PACK = ("__init__.py", "host", "hotpath", "nodes", "js", "locales", "example_workflows", "pyproject.toml")
 HOST_NODES = ROOT / "devtools" / "host_nodes"
 SUPERVISED = ROOT / "devtools" / "supervised.py"
-_TEXT_FRAME = 3
+# The event in which a node of the pack tells its status.
+STATUS = "hotpath.status"
 _TAIL_LINES = 40
 
 
@@ -58,7 +58,7 @@ class PromptInterrupted(RuntimeError):
 
 @dataclass(frozen=True)
 class Event:
-    """A websocket message; a text frame for a node has type ``text`` and data ``node`` and ``text``."""
+    """A websocket message."""
 
     time: float
     type: str
@@ -75,8 +75,14 @@ class Result:
 
     @property
     def texts(self) -> list[tuple[str, str]]:
-        """(node id, text) for each text that a node showed, in order."""
-        return [(event.data["node"], event.data["text"]) for event in self.events if event.type == "text"]
+        """(node id, text) for each new text that a node showed, in order."""
+        shown: dict[str, str] = {}
+        texts = []
+        for event in self.events:
+            if event.type == STATUS and shown.get(event.data["node"]) != event.data["text"]:
+                shown[event.data["node"]] = event.data["text"]
+                texts.append((event.data["node"], event.data["text"]))
+        return texts
 
     def seconds(self, node_id: str) -> float:
         """How long a node executed.
@@ -232,6 +238,10 @@ class HostServer:
         response.raise_for_status()
         return response.json()
 
+    def set_settings(self, settings: Mapping[str, Any]) -> None:
+        """Settings of the browser's user, which a page reads when it loads."""
+        requests.post(f"{self.url}/settings", json=dict(settings), timeout=60).raise_for_status()
+
     def latent(self, result: Result, node_id: str = "save") -> Tensor:
         """What a SaveLatent node saved."""
         return load_file(self.latent_file(result, node_id))["latent_tensor"]
@@ -369,10 +379,6 @@ def _event(kind: aiohttp.WSMsgType, data: Any) -> Event | None:
     if kind is aiohttp.WSMsgType.TEXT:
         body = json.loads(data)
         return Event(now, body["type"], body["data"])
-    if kind is aiohttp.WSMsgType.BINARY:
-        frame, length = struct.unpack_from(">II", data)
-        if frame == _TEXT_FRAME:
-            return Event(now, "text", {"node": data[8 : 8 + length].decode(), "text": data[8 + length :].decode()})
     return None
 
 

@@ -24,7 +24,7 @@ def sampling(
     loras: Sequence[tuple[str, float]] = (),
     patches: Sequence[tuple[str, float]] = (),
     quantized: str | None = None,
-    modulation: str | None = None,
+    offload: Mapping[str, Any] | None = None,
     compiled: Mapping[str, Any] | None = None,
     report: bool = False,
 ) -> Workflow:
@@ -38,7 +38,7 @@ def sampling(
         loras: (file name, strength) for each LoraLoaderModelOnly.
         patches: (kind, strength) for each HotPathDevPatch.
         quantized: format of Quantize Repeated Blocks; None leaves the node out.
-        modulation: input of Offload Repeated Blocks; None leaves the node out.
+        offload: inputs of Offload Repeated Blocks other than its defaults; None leaves the node out.
         compiled: inputs of Compile Repeated Blocks other than its defaults; None leaves the node out.
         report: end in a Compile Report, node ``report``.
     """
@@ -55,8 +55,8 @@ def sampling(
         model = add(f"patch{index}", "HotPathDevPatch", model=model, kind=kind, strength=strength)
     if quantized is not None:
         model = add("quantize", "HotPathQuantizeRepeatedBlocks", model=model, format=quantized, skip="")
-    if modulation is not None:
-        model = add("offload", "HotPathOffloadRepeatedBlocks", model=model, modulation=modulation)
+    if offload is not None:
+        model = add("offload", "HotPathOffloadRepeatedBlocks", model=model, **{**OFFLOAD_DEFAULTS, **offload})
     if compiled is not None:
         model = add("compile", "HotPathCompileRepeatedBlocks", model=model, **{**COMPILE_DEFAULTS, **compiled})
     text = add(
@@ -97,4 +97,12 @@ COMPILE_DEFAULTS: Mapping[str, Any] = {
     "double_blocks": "all",
     "single_blocks": "all",
     "on_failure": "error",
+}
+
+OFFLOAD_DEFAULTS: Mapping[str, Any] = {
+    "budget": "auto",
+    "prefetch_blocks": 1,
+    "pin_memory": True,
+    "modulation": "ahead",
+    "resident": "spread",
 }

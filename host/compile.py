@@ -24,11 +24,11 @@ from ..hotpath.fingerprint import NotPortable
 from ..hotpath.preflight import compile_problems
 from ..hotpath.reasons import how_to_avoid
 from ..hotpath.selection import select_blocks
-from ..hotpath.template import BlockPlan, NotHoistable, plan_block
+from ..hotpath.template import Around, BlockPlan, NotHoistable, plan_block
 from .artifacts import kept_region
 from .flux import KINDS, BlockKind, attention_for, bind_for, region_inputs, require_blocks, token_dims
 from .models import compiles_whole_model, require_model
-from .progress import NodeText
+from .progress import NodeText, StepClock
 from .weights import block_weights, layer_state, plain_layer
 
 log = logging.getLogger(__name__)
@@ -112,13 +112,12 @@ class CompiledBlocks:
         self._failed: dict[Region, str] = {}
         self._told: set[str] = set()
         self._plans: weakref.WeakKeyDictionary[nn.Module, BlockPlan] = weakref.WeakKeyDictionary()
-        self._shown = ""
+        self._clock = StepClock()
         LATEST[text.node_id] = self
 
     def start(self, patcher: ModelPatcher) -> None:
-        """A sampling run begins: what failed before is tried again, and the node shows its text again."""
+        """A sampling run begins: what failed before is tried again."""
         self._failed.clear()
-        self._shown = ""
 
     def __call__(
         self,
@@ -134,13 +133,23 @@ class CompiledBlocks:
         """A wrapper of the host's ``apply_model``; arguments are passed on untouched."""
         self.compiled.clear()
         self.eager.clear()
-        if compiles_whole_model(transformer_options):
-            self._note_eager("another node compiles the whole model; remove one of the two", "the model")
-            out = executor(x, t, c_concat, c_crossattn, control, transformer_options, **kwargs)
-        else:
-            with self._swapped(executor.class_obj.diffusion_model):
-                out = executor(x, t, c_concat, c_crossattn, control, transformer_options, **kwargs)
-        self._show(self.summary())
+
+        def step() -> Any:
+            return executor(x, t, c_concat, c_crossattn, control, transformer_options, **kwargs)
+
+        spent = self.seconds
+        try:
+            if compiles_whole_model(transformer_options):
+                self._note_eager("another node compiles the whole model; remove one of the two", "the model")
+                out = self._clock.time(x.device, step)
+            else:
+                with self._swapped(executor.class_obj.diffusion_model):
+                    out = self._clock.time(x.device, step)
+        except Exception as error:
+            # Not left to look as if it went on; the host tells the user why the prompt ended.
+            self.text.show(f"stopped: {error or type(error).__name__}", "stopped")
+            raise
+        self._show(compiled_now=self.seconds > spent)
         return out
 
     def summary(self) -> str:
@@ -157,8 +166,7 @@ class CompiledBlocks:
         if self.recompiles:
             parts.append(f"compiled again: {', '.join(self.recompiles[-_FEW:])}{self._advice()}")
         for reason, names in self.eager.items():
-            which = ", ".join(sorted(names)) if len(names) <= _FEW else f"{len(names)} blocks"
-            parts.append(f"eager: {reason} ({which})")
+            parts.append(f"eager: {reason} ({self._which(names)})")
         return "; ".join(parts)
 
     @contextmanager
@@ -178,16 +186,25 @@ class CompiledBlocks:
                         continue
                     if not self.regions:
                         self._plan(block)
-                    block.forward = functools.partial(self._run_block, kind, index, block)
+                    run = functools.partial(self._run_block, kind, index, block)
+                    around = block.__dict__.get("forward")
+                    if isinstance(around, Around):
+                        around.inside = run
+                    else:
+                        block.forward = run
                     mine.append(block)
             yield
         finally:
             for block in mine:
-                block.__dict__.pop("forward", None)
+                around = block.__dict__.get("forward")
+                if isinstance(around, Around):
+                    around.inside = None
+                else:
+                    block.__dict__.pop("forward", None)
 
     def _run_block(self, kind: BlockKind, index: int, block: nn.Module, *args: Any, **kwargs: Any) -> Any:
         # The block must look untouched to the plan, to a tracer and to whatever runs inside it.
-        swapped = block.__dict__.pop("forward")
+        swapped = block.__dict__.pop("forward", None)
         try:
             if torch.compiler.is_compiling():
                 return block.forward(*args, **kwargs)
@@ -215,7 +232,8 @@ class CompiledBlocks:
                 self._note_eager(str(failure), f"{kind.name} block {index}")
             return block.forward(*args, **kwargs)
         finally:
-            block.forward = swapped
+            if swapped is not None:
+                block.forward = swapped
 
     def _layers(self, block: nn.Module) -> list[tuple[str, nn.Module, Hashable]]:
         plan = self._plans.get(block)
@@ -302,7 +320,11 @@ class CompiledBlocks:
     def _announce(self, region: Region) -> None:
         expected = len({plan.key for plan in self._plans.values()})
         number = len(self.regions) + 1
-        self._show(f"compiling {region.name} region ({number}/{max(number, expected)}) ...")
+        self.text.show(
+            f"compiling {region.name} region ({number}/{max(number, expected)}) ...",
+            "compiling",
+            region=f"{region.name} ({number} of {max(number, expected)})",
+        )
 
     def _note_eager(self, reason: str, block: str) -> None:
         if reason not in self._told:
@@ -310,7 +332,27 @@ class CompiledBlocks:
             log.warning("%s runs without HotPath: %s", block, reason)
         self.eager.setdefault(reason, set()).add(block)
 
-    def _show(self, text: str) -> None:
-        if text and text != self._shown:
-            self._shown = text
-            self.text.show(text)
+    def _show(self, compiled_now: bool) -> None:
+        """Tell the node what the step was. What a step took that compiled something says nothing of the next."""
+        facts: dict[str, str | float] = {}
+        if self.compiled:
+            facts["blocks"] = ", ".join(f"{count} {name}" for name, count in self.compiled.items())
+            facts["graphs"] = sum(region.stats.graphs + region.stats.loaded for region in self.regions)
+        if self.seconds:
+            facts["compile_seconds"] = self.seconds
+        if self.load_seconds:
+            facts["load_seconds"] = self.load_seconds
+        seconds = self._clock.seconds()
+        if seconds is not None and not compiled_now:
+            facts["step_seconds"] = seconds
+        reasons = [
+            (f"compiled again: {reason}", how_to_avoid(reason, self.settings.dynamic))
+            for reason in self.recompiles[-_FEW:]
+        ]
+        reasons += [(f"{self._which(names)} eager: {reason}", "") for reason, names in self.eager.items()]
+        state = "eager" if self.eager else "recompiled" if self.recompiles else "compiled"
+        self.text.show(self.summary(), state, reasons, **facts)
+
+    @staticmethod
+    def _which(names: Collection[str]) -> str:
+        return ", ".join(sorted(names)) if len(names) <= _FEW else f"{len(names)} blocks"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import WrappersMP
 from comfy_api.torch_helpers.torch_compile import COMPILE_KEY
@@ -14,6 +15,17 @@ def require_model(model: Any) -> None:
     """Raise ValueError for anything else, which a client of the HTTP API may post and the host passes on."""
     if not isinstance(model, ModelPatcher):
         raise ValueError(f"model: this is {type(model).__name__} and no MODEL. Connect the output of a model loader.")
+
+
+def why_untouched(patcher: ModelPatcher | None, options: Mapping[str, Any]) -> str | None:
+    """Why what runs in the blocks of this call must stay as the host has it, or None."""
+    if compiles_whole_model(options):
+        return "another node compiles the whole model"
+    if torch.is_grad_enabled():
+        return "gradients are being recorded"
+    if patcher is None:
+        return "the model is called outside of sampling"
+    return None
 
 
 def compiles_whole_model(options: Mapping[str, Any]) -> bool:

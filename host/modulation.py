@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from ..hotpath.ahead import Table, content_key
 from ..hotpath.template import Given, NotHoistable, refuse_bolted_on
 from .flux import conditioning_vector, modulations, named_blocks
-from .models import compiles_whole_model
-from .progress import NodeText
+from .models import why_untouched
+from .progress import PartText
 from .weights import refuse_replaced_forward
 
 log = logging.getLogger(__name__)
@@ -48,17 +48,16 @@ class ModulationAhead:
     result has the very bits that the layer in its place would have given.
     """
 
-    def __init__(self, text: NodeText) -> None:
+    def __init__(self, text: PartText) -> None:
         self.text = text
         self.in_place: set[str] = set()
         self._states: weakref.WeakKeyDictionary[BaseModel, _State] = weakref.WeakKeyDictionary()
-        self._shown = ""
         LATEST[text.node_id] = self
 
     def start(self, patcher: ModelPatcher) -> None:
         """A sampling run begins: the node shows its text again."""
         self.in_place.clear()
-        self._shown = ""
+        self.text.again()
 
     def stop(self, patcher: ModelPatcher, unpatch_all: bool) -> None:
         """The host unloads the model, or with ``unpatch_all`` off makes room for another clone of it."""
@@ -86,14 +85,16 @@ class ModulationAhead:
         why_not = _why_in_place(patcher, transformer_options)
         if why_not:
             self.tell(why_not)
-            return executor(x, t, c_concat, c_crossattn, control, transformer_options, **kwargs)
+            out = executor(x, t, c_concat, c_crossattn, control, transformer_options, **kwargs)
+            self.text.show(self.summary())
+            return out
         state = self._states.setdefault(model, _State(self))
         foresee = partial(_foresee, model, t, transformer_options.get("sample_sigmas"), kwargs)
         with state.given(model.diffusion_model, patcher, foresee):
             out = executor(x, t, c_concat, c_crossattn, control, transformer_options, **kwargs)
             if transformer_options.get("patches_replace", {}).get("dit"):
                 state.refuse_changed_vector()
-        self.show(self.summary())
+        self.text.show(self.summary())
         return out
 
     @property
@@ -117,12 +118,6 @@ class ModulationAhead:
         if reason not in self.in_place:
             self.in_place.add(reason)
             log.info("modulation in place: %s", reason)
-
-    def show(self, text: str) -> None:
-        """Show ``text`` on the node where it is new."""
-        if text != self._shown:
-            self._shown = text
-            self.text.show(text)
 
 
 # What each offload node last made, by node id.
@@ -191,7 +186,7 @@ class _State:
             if foreseen.shape == vector.shape and foreseen.dtype == vector.dtype:
                 wanted.setdefault(content_key(foreseen), foreseen)
         wanted = {known: value for known, value in wanted.items() if known not in self.table}
-        self._owner.show(f"making modulation for {len(wanted)} vectors ahead ...")
+        self._owner.text.show(f"making modulation for {len(wanted)} vectors ahead ...")
         rows: dict[Hashable, dict[str, Any]] = {known: {} for known in wanted}
         for path, module in self._modules.items():
             comfy.model_management.throw_exception_if_processing_interrupted()
@@ -236,15 +231,9 @@ class _State:
 
 def _why_in_place(patcher: ModelPatcher | None, options: Mapping[str, Any]) -> str | None:
     """Why nothing can come from a table in this call."""
-    if compiles_whole_model(options):
-        return "another node compiles the whole model"
-    if torch.is_grad_enabled():
-        return "gradients are being recorded"
-    if patcher is None:
-        return "the model is called outside of sampling"
-    if patcher.current_hooks is not None:
-        return "LoRAs change while sampling (hooks)"
-    return None
+    if patcher is not None and patcher.current_hooks is not None:
+        return why_untouched(patcher, options) or "LoRAs change while sampling (hooks)"
+    return why_untouched(patcher, options)
 
 
 def _refuse_changed(path: str, module: Any, patcher: ModelPatcher) -> None:

@@ -1,19 +1,122 @@
-"""What a user sees on the node while something takes longer than a second."""
+"""What a user sees on the node while something takes longer than a second, and after."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
+import torch
 from server import PromptServer
+
+EVENT = "hotpath.status"
+# Statuses that a page can ask for again; the oldest are dropped.
+_KEPT = 1000
+_STATUSES: OrderedDict[tuple[str | None, str], dict[str, Any]] = OrderedDict()
+
+
+def statuses(workflow: str | None) -> dict[str, dict[str, Any]]:
+    """The last status of each node of a workflow, by node id."""
+    return {node: status for (of, node), status in list(_STATUSES.items()) if of == workflow}
 
 
 @dataclass(frozen=True)
 class NodeText:
-    """Text on one node of the canvas; needs no browser code of ours."""
+    """The status of one node of the canvas, for the browser that queued the prompt."""
 
     node_id: str | None
 
-    def show(self, text: str) -> None:
+    def show(
+        self, text: str, state: str = "done", reasons: Sequence[tuple[str, str]] = (), **facts: str | float
+    ) -> None:
+        """Tell the panel of the node.
+
+        Args:
+            text: one line that says it all.
+            state: ``working``, ``compiling``, ``compiled``, ``recompiled``, ``eager``, ``stopped`` or ``done``.
+            reasons: (what happened, the input that avoids it or nothing) in plain words.
+            facts: numbers and names that js/hotpath.js has labels for; ``seconds`` in names are seconds.
+        """
         server = getattr(PromptServer, "instance", None)
-        if server is not None and self.node_id is not None:
-            server.send_progress_text(text, self.node_id)
+        if server is None or self.node_id is None:
+            return
+        workflow = _running_workflow(server)
+        status = {
+            "node": self.node_id,
+            "workflow": workflow,
+            "state": state,
+            "text": text,
+            "reasons": [{"reason": reason, "advice": advice} for reason, advice in reasons],
+            "facts": facts,
+        }
+        key = (workflow, self.node_id)
+        _STATUSES[key] = status
+        _STATUSES.move_to_end(key)
+        while len(_STATUSES) > _KEPT:
+            _STATUSES.popitem(last=False)
+        if server.client_id is not None:
+            server.send_sync(EVENT, status, server.client_id)
+
+
+@dataclass(frozen=True)
+class PartText(NodeText):
+    """A part, ``name``, of what one node shows; ``parts`` are all of them. It is shown where it is new."""
+
+    name: str
+    parts: dict[str, str]
+    text: NodeText
+    _shown: list[str] = field(default_factory=list, init=False)
+
+    def show(
+        self, text: str, state: str = "done", reasons: Sequence[tuple[str, str]] = (), **facts: str | float
+    ) -> None:
+        if self._shown != [text]:
+            self._shown[:] = [text]
+            self.parts[self.name] = text
+            self.text.show("; ".join(filter(None, self.parts.values())), state, reasons, **facts)
+
+    def again(self) -> None:
+        """Show what comes next whatever it is."""
+        self._shown.clear()
+
+
+def _running_workflow(server: PromptServer) -> str | None:
+    """Id of the workflow whose prompt runs; None for a prompt that no canvas made."""
+    running, _ = server.prompt_queue.get_current_queue_volatile()
+    for _number, _prompt_id, _prompt, extra_data, *_ in running:
+        workflow = (extra_data.get("extra_pnginfo") or {}).get("workflow") or {}
+        return workflow.get("id")
+    return None
+
+
+class StepClock:
+    """How long the last step that is known to have ended took, without waiting for the device."""
+
+    def __init__(self) -> None:
+        self._events: tuple[torch.cuda.Event, torch.cuda.Event] | None = None
+        self._seconds: float | None = None
+
+    def time(self, device: torch.device, step: Callable[[], Any]) -> Any:
+        """Run ``step`` on ``device`` and return what it does."""
+        if device.type != "cuda":
+            started = time.perf_counter()
+            out = step()
+            self._seconds = time.perf_counter() - started
+            return out
+        events = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        stream = torch.cuda.current_stream(device)
+        events[0].record(stream)
+        out = step()
+        events[1].record(stream)
+        self.seconds()
+        self._events = events
+        return out
+
+    def seconds(self) -> float | None:
+        """Seconds of the last step; None before one has ended."""
+        if self._events is not None and self._events[1].query():
+            self._seconds = self._events[0].elapsed_time(self._events[1]) / 1000
+            self._events = None
+        return self._seconds

@@ -203,7 +203,7 @@ def _quantize(
     twin = _empty_twin(source)
     modules = dict(twin.diffusion_model.named_modules())
     progress = comfy.utils.ProgressBar(len(formats))
-    text.show(f"quantizing {len(formats)} layers ...")
+    text.show(f"quantizing {len(formats)} layers ...", "working")
     with model.use_ejected():
         _make_room(model, formats)
         for name, module in source.diffusion_model.named_modules():

@@ -11,16 +11,18 @@ from comfy.patcher_extension import WrappersMP
 from server import PromptServer
 
 from ..hotpath.compiled import Region
-from .compile import LATEST, REGIONS, WRAPPER_KEY
+from .compile import LATEST, REGIONS, WRAPPER_KEY, CompiledBlocks
 from .models import require_model
 from .modulation import LATEST as LATEST_AHEAD
 from .offload import KEY as OFFLOAD_KEY
+from .progress import statuses
 from .quantize import quantization, quantizations
+from .streaming import LATEST as LATEST_STREAMED
 
 
 def report() -> dict[str, Any]:
     """Compiled regions of this process, for each compile node what its last MODEL uses and what runs eager, what was
-    quantized, and for each offload node what modulation was made ahead."""
+    quantized, and for each offload node what modulation was made ahead and which blocks were streamed."""
     return {
         "regions": [_region(region) for region in REGIONS],
         "models": [
@@ -43,6 +45,20 @@ def report() -> dict[str, Any]:
             }
             for ahead in list(LATEST_AHEAD.values())
         ],
+        "streamed": [
+            {
+                "node_id": blocks.text.node_id,
+                "streamed_blocks": len(blocks.residency.streamed),
+                "blocks": blocks.residency.blocks,
+                "resident_bytes": blocks.residency.resident_bytes,
+                "streamed_bytes": blocks.residency.streamed_bytes,
+                "bytes_copied": blocks.bytes_copied,
+                "calls": blocks.calls,
+                "not_streamed": sorted(blocks.not_streamed),
+            }
+            for blocks in list(LATEST_STREAMED.values())
+            if blocks.residency is not None
+        ],
     }
 
 
@@ -64,9 +80,21 @@ def describe(model: ModelPatcher) -> str:
     if not compiled:
         return "\n".join([*lines, "This MODEL does not pass through Compile Repeated Blocks."])
     (blocks,) = compiled
-    lines.append(
+    return "\n".join([*lines, *_lines(blocks)])
+
+
+def explain(node_id: str) -> str:
+    """The report on what one node of the canvas last did; empty when it has done nothing in this process."""
+    blocks, ahead = LATEST.get(node_id), LATEST_AHEAD.get(node_id)
+    if blocks is not None:
+        return "\n".join(_lines(blocks))
+    return ahead.summary() if ahead is not None else ""
+
+
+def _lines(blocks: CompiledBlocks) -> list[str]:
+    lines = [
         blocks.summary() or "Nothing has been sampled with this MODEL yet. Connect the sampler's output to `after`."
-    )
+    ]
     for region in blocks.regions:
         stats = region.stats
         lines.append(
@@ -80,11 +108,11 @@ def describe(model: ModelPatcher) -> str:
         lines += [f"{region.name} region compiled again: {reason}" for reason in stats.recompiles]
         if stats.limit_reached:
             lines.append(f"{region.name} region reached its limit of graphs; what needs another one runs eager")
-    return "\n".join(lines)
+    return lines
 
 
-def add_route() -> None:
-    """Register the route with the running server; without one (a script that loads the pack) there is none."""
+def add_routes() -> None:
+    """Register the routes with the running server; without one (a script that loads the pack) there are none."""
     server = getattr(PromptServer, "instance", None)
     if server is None:
         return
@@ -92,3 +120,11 @@ def add_route() -> None:
     @server.routes.get("/hotpath/report")
     async def get_report(request: web.Request) -> web.Response:
         return web.json_response(report())
+
+    @server.routes.get("/hotpath/explain")
+    async def get_explanation(request: web.Request) -> web.Response:
+        return web.Response(text=explain(request.query.get("node", "")))
+
+    @server.routes.get("/hotpath/status")
+    async def get_status(request: web.Request) -> web.Response:
+        return web.json_response(statuses(request.query.get("workflow")))

@@ -24,6 +24,8 @@ from .template import own_state
 _PACK = __name__.rpartition(".")[0].rpartition(".")[0]
 _PLAIN = (bool, int, float, complex, str, bytes, type(None), type(...), torch.dtype, torch.device)
 
+_NOTHING = object()
+
 
 class NotPortable(Exception):
     """Something can't be told from one process to another; the message says what."""
@@ -152,7 +154,8 @@ class Dependency:
     module: str
     path: tuple[tuple[str, Any], ...]
     description: str = ""
-    _seen: Any = field(default=None, init=False, repr=False, compare=False)
+    _seen: Any = field(default=_NOTHING, init=False, repr=False, compare=False)
+    _empty: Any = field(default=_NOTHING, init=False, repr=False, compare=False)
     _find: Callable[[], Any] | None = field(default=None, init=False, repr=False, compare=False)
 
     def value(self) -> Any:
@@ -176,13 +179,15 @@ class Dependency:
             value = self._find()
         except (NotPortable, AttributeError):
             return False
-        if value is self._seen:
+        if value is self._seen or (value is self._empty and not value):
             return True
         if describe(value) != self.description:
             return False
-        # What may change in place is described anew each time.
+        # What may change in place is described anew each time, unless it was empty and is.
         if not isinstance(value, Sized) or isinstance(value, (str, bytes, tuple)):
             self._seen = value
+        elif isinstance(value, (dict, list, set)) and not value:
+            self._empty = value
         return True
 
     def __str__(self) -> str:

@@ -68,7 +68,7 @@ class Graph:
     def accepts(self, weights: dict[str, Tensor], inputs: dict[str, Any]) -> bool:
         """Whether all that the graph was traced with is so in this call."""
         guards = self._function._artifacts.guard_manager
-        return all(dependency.holds() for dependency in self._dependencies) and guards.check(
+        return all(map(Dependency.holds, self._dependencies)) and guards.check(
             {**self._closure, "weights": weights, "inputs": inputs}
         )
 

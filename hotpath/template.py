@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Hashable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -51,6 +52,27 @@ class Given:
             module: Any = self._module()
             return type(module).forward(module, *args)
         return self._give(*args)
+
+
+class Around:
+    """A block's ``forward`` that does something before and after it, such as having its weights arrive.
+
+    A region runs ``inside`` of it. While it runs, the block looks untouched.
+    """
+
+    def __init__(self, block: nn.Module, scope: Callable[[], AbstractContextManager[None]]) -> None:
+        self.inside: Callable[..., Any] | None = None
+        self._block = weakref.ref(block)
+        self._scope = scope
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        block: Any = self._block()
+        del block.forward
+        try:
+            with self._scope():
+                return (self.inside or block.forward)(*args, **kwargs)
+        finally:
+            block.forward = self
 
 
 class _GivenLayer(nn.Module):
@@ -119,7 +141,7 @@ def refuse_bolted_on(path: str, module: nn.Module) -> None:
     """Raise NotHoistable for a forward hook or an overridden ``forward``: a template would ignore either."""
     if module._forward_hooks or module._forward_pre_hooks:
         raise NotHoistable(f"{path or 'the block'} ({type(module).__name__}) has a forward hook")
-    if "forward" in module.__dict__ and not _is_given(module):
+    if "forward" in module.__dict__ and not isinstance(module.__dict__["forward"], (Given, Around)):
         raise NotHoistable(f"{path or 'the block'} ({type(module).__name__}) has an overridden forward")
 
 

@@ -3,9 +3,13 @@
 The root's ``nodes`` would otherwise shadow the host's module of that name.
 """
 
+import os
 import sys
 import types
 from pathlib import Path
+
+# Before torch is imported. In tensors this small threads cost more than they do, ten times when the cores are busy.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import hypothesis
 import pytest

@@ -15,6 +15,7 @@ from hotpath_pack.hotpath import graphs
 from hotpath_pack.hotpath.artifacts import Kept, Store, environment
 from hotpath_pack.hotpath.compiled import CompileSettings, Region, RegionFailed
 from hotpath_pack.hotpath.counters import graphs_so_far
+from hotpath_pack.hotpath.fingerprint import Dependency, describe
 from torch import nn
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -190,6 +191,32 @@ def test_a_switch_or_function_that_the_graph_was_traced_with(folder, change):
         next(changed, None)
     assert not any(accepted)
     assert any(graph.accepts(*arguments) for graph in compiled._graphs)
+
+
+FOUND = None
+
+
+@pytest.mark.parametrize("traced", [2.0, {}, []])
+def test_what_became_none_is_not_what_it_was(traced, monkeypatch):
+    monkeypatch.setattr(sys.modules[__name__], "FOUND", None)
+    module, path = __name__, (("attribute", "FOUND"),)
+    assert not Dependency(module, path, describe(traced)).holds()
+    asked = Dependency(module, path, describe(traced))
+    for value, holds in ((traced, True), (None, False), (traced, True)):
+        monkeypatch.setattr(sys.modules[__name__], "FOUND", value)
+        assert asked.holds() is holds
+
+
+@pytest.mark.parametrize(("empty", "fill", "item"), [(dict, "update", {"a": 1}), (list, "append", 1)])
+def test_what_was_empty_and_was_filled_in_place_is_not_what_it_was(empty, fill, item, monkeypatch):
+    found = empty()
+    monkeypatch.setattr(sys.modules[__name__], "FOUND", found)
+    asked = Dependency(__name__, (("attribute", "FOUND"),), describe(found))
+    assert asked.holds() and asked.holds()
+    getattr(found, fill)(item)
+    assert not asked.holds()
+    found.clear()
+    assert asked.holds()
 
 
 def test_code_replaced_before_loading_is_named(folder):

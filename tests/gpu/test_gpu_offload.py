@@ -31,7 +31,7 @@ def test_the_same_bits_with_a_quarter_less_on_the_device(dynamic, patched, forma
         comfy.model_management.unload_all_models()
     ahead = offload(model)
     assert torch.equal(sample(ahead, **RUN), want)
-    (wrapper,) = ahead.get_wrappers("apply_model", "hotpath_offload")
+    _, wrapper = ahead.get_wrappers("apply_model", "hotpath_offload")
     if dynamic and patched and format is not None:
         assert wrapper.in_place == {"a LoRA on quantized modulation layers"}
         return

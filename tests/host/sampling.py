@@ -22,14 +22,18 @@ def load(state_dict, **options):
 
 
 class Texts(NodeText):
-    """Keeps what a node would show."""
+    """Keeps what a node would show: each new text, and the whole of the last status."""
 
     def __init__(self):
         super().__init__("7")
         object.__setattr__(self, "seen", [])
+        object.__setattr__(self, "last", {})
 
-    def show(self, text):
-        self.seen.append(text)
+    def show(self, text, state="done", reasons=(), **facts):
+        if self.seen[-1:] != [text]:
+            self.seen.append(text)
+        self.last.clear()
+        self.last.update(state=state, reasons=list(reasons), facts=facts)
 
 
 def compiled(model, double="all", single="all", on_failure="error", text=None, **changes):

@@ -10,7 +10,7 @@ from hotpath_pack.host import artifacts
 from hotpath_pack.host import compile as host_compile
 from hotpath_pack.host.compile import compile_repeated_blocks
 from hotpath_pack.host.flux import bind_cudnn, bind_opaque, bind_traced
-from hotpath_pack.host.offload import offload_repeated_blocks
+from hotpath_pack.host.offload import OffloadSettings, offload_repeated_blocks
 from hotpath_pack.host.weights import plain_layer
 from hotpath_pack.hotpath import graphs
 from hotpath_pack.hotpath.compiled import CompileSettings, RegionStore, input_kinds
@@ -58,7 +58,7 @@ def int8():
 
 
 def ahead():
-    return offload_repeated_blocks(load(checkpoints.flux1(1, 1)), "ahead", Texts())
+    return offload_repeated_blocks(load(checkpoints.flux1(1, 1)), OffloadSettings(), Texts())
 
 
 MASK = dict(attention_mask=torch.ones(1, 4, 4), attention_mask_img_shape=(4, 4))

@@ -1,13 +1,15 @@
 """Live servers that the tests of a module share."""
 
+import os
+
 import pytest
 from live import serve
 
 
 @pytest.fixture(scope="module")
 def whole_flux(tmp_path_factory):
-    """19 double and 38 single blocks, and an empty compiler cache."""
-    with serve(tmp_path_factory.mktemp("host"), 19, 38) as live:
+    """19 double and 38 single blocks, an empty compiler cache, and the threads of a user's server."""
+    with serve(tmp_path_factory.mktemp("host"), 19, 38, OMP_NUM_THREADS=str(os.cpu_count())) as live:
         yield live
 
 

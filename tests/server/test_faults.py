@@ -3,7 +3,7 @@
 import time
 
 import pytest
-from hotpath_pack.devtools.server import PromptFailed, PromptInterrupted
+from hotpath_pack.devtools.server import STATUS, PromptFailed, PromptInterrupted
 from hotpath_pack.devtools.workflows import sampling
 from live import TOLERANCE, serve
 
@@ -50,7 +50,7 @@ def test_an_interrupt_while_compiling_leaves_the_next_prompt_in_the_queue_alone(
     server, queued = small_flux.server, []
 
     def interrupt(event):
-        if event.type == "text" and "compiling double block" in event.data["text"] and not queued:
+        if event.type == STATUS and "compiling double block" in event.data["text"] and not queued:
             following = sampling(small_flux.checkpoint, small_flux.flux, steps=2, compiled={}, seed=3)
             queued.append(server.post(following))
             server.interrupt()

@@ -84,7 +84,7 @@ def assert_clear(error, names):
 
 def given_workflow(tiny, compiled, quantized=None, **inputs):
     run = dict(width=64, height=64, steps=1, tokens=4, compiled=compiled, quantized=quantized, report=True)
-    workflow = sampling(tiny.checkpoint, tiny.flux, modulation="ahead", **run)
+    workflow = sampling(tiny.checkpoint, tiny.flux, offload={}, **run)
     for node, changes in inputs.items():
         workflow[node]["inputs"].update(changes)
     for node in workflow.values():
@@ -113,10 +113,21 @@ def test_any_inputs_of_the_quantize_node(tiny, format, skip):
 
 
 @settings(FUZZ, max_examples=60)
-@given(modulation=st.one_of(st.sampled_from(["ahead", "in place"]), ODD, st.just(MISSING)))
-def test_any_input_of_the_offload_node(tiny, modulation):
-    workflow = given_workflow(tiny, {"backend": "eager"}, offload={"modulation": modulation})
-    assert_clear(outcome(tiny.server, workflow), ["modulation"])
+@given(
+    inputs=st.fixed_dictionaries(
+        {},
+        optional={
+            "budget": st.one_of(st.sampled_from(["auto", "0 %", "50%", "0.01 GiB"]), ODD, st.just(MISSING)),
+            "prefetch_blocks": st.one_of(st.integers(-2, 10), ODD, st.just(MISSING)),
+            "pin_memory": st.one_of(st.booleans(), ODD, st.just(MISSING)),
+            "modulation": st.one_of(st.sampled_from(["ahead", "in place"]), ODD, st.just(MISSING)),
+            "resident": st.one_of(st.sampled_from(["spread", "first", "last"]), ODD, st.just(MISSING)),
+        },
+    )
+)
+def test_any_inputs_of_the_offload_node(tiny, inputs):
+    workflow = given_workflow(tiny, {"backend": "eager"}, offload=inputs)
+    assert_clear(outcome(tiny.server, workflow), inputs)
 
 
 @settings(FUZZ, max_examples=300)
