@@ -3,6 +3,7 @@
 from comfy_api.latest import ComfyExtension, io
 
 from .host import report
+from .nodes.benchmark_model import BenchmarkModel
 from .nodes.compile_repeated_blocks import CompileRepeatedBlocks
 from .nodes.compile_report import CompileReport
 from .nodes.load_compiled_blocks import LoadCompiledBlocks
@@ -11,13 +12,14 @@ from .nodes.offload_repeated_blocks import OffloadRepeatedBlocks
 from .nodes.quantize_repeated_blocks import QuantizeRepeatedBlocks
 from .nodes.save_as_diffusers_flux import SaveAsDiffusersFlux
 from .nodes.save_compiled_blocks import SaveCompiledBlocks
+from .nodes.warm_up import WarmUp
 
 WEB_DIRECTORY = "./js"
 
 
 class HotPathExtension(ComfyExtension):
     async def on_load(self) -> None:
-        report.add_route()
+        report.add_routes()
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         return [
@@ -25,6 +27,8 @@ class HotPathExtension(ComfyExtension):
             QuantizeRepeatedBlocks,
             OffloadRepeatedBlocks,
             CompileReport,
+            WarmUp,
+            BenchmarkModel,
             SaveCompiledBlocks,
             LoadCompiledBlocks,
             LoadDiffusersFlux,

@@ -69,7 +69,7 @@ def test_diffusers_is_imported_by_what_needs_it_when_it_does():
     oldest = re.search(r'OLDEST_DIFFUSERS = "([\d.]+)"', (ROOT / "host" / "diffusers.py").read_text(encoding="utf-8"))
     requirement = f"diffusers>={oldest[1]}"
     assert requirement in (ROOT / "requirements.txt").read_text(encoding="utf-8").splitlines()
-    assert f'dependencies = ["{requirement}"]' in CONFIG.read_text(encoding="utf-8")
+    assert f'dependencies = ["{requirement}", ' in CONFIG.read_text(encoding="utf-8")
 
 
 @pytest.mark.skipif(importlib.util.find_spec("tomllib") is None, reason="tomllib came with Python 3.11")

@@ -1,0 +1,219 @@
+"""Time a MODEL, or two beside each other, on made-up inputs, and draw what came out."""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+import statistics
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import comfy.model_management
+import comfy.utils
+import torch
+from comfy.model_patcher import ModelPatcher
+from torch import Tensor
+
+from ..hotpath.memory import peak_bytes
+from .flux import require_blocks
+from .models import require_model
+from .progress import NodeText
+from .synthetic import Inputs, sample
+
+_GIB = 2**30
+_NAMES = ("model", "compare_with")
+_COLOURS = ("#4269d0", "#efb118")
+# Inches and dots of the figure: 1600 x 800 pixels.
+_SIZE, _DPI = (10.0, 5.0), 160
+
+
+@dataclass
+class Side:
+    """What was measured of one MODEL; seconds, and bytes on the GPU (0 without one)."""
+
+    name: str
+    first: float = 0.0
+    steps: list[float] = field(default_factory=list)
+    images: list[float] = field(default_factory=list)
+    peak: int = 0
+
+    @property
+    def step(self) -> float:
+        """Median of the steady steps."""
+        return statistics.median(self.steps)
+
+    @property
+    def extra(self) -> float:
+        """By how much the first step took longer than a steady one: compiling, and all else that is done once."""
+        return max(self.first - self.step, 0.0)
+
+    @property
+    def image(self) -> float:
+        """Median of the steps of a whole run together."""
+        return statistics.median(self.images)
+
+
+def benchmark_model(
+    model: ModelPatcher, compare_with: ModelPatcher | None, inputs: Inputs, steps: int, rounds: int, text: NodeText
+) -> tuple[str, Tensor]:
+    """What ``steps`` steps of ``model`` take on ``inputs``, as text and as an image (1, height, width, 3) in 0..1.
+
+    Each side runs once to compile, then ``rounds`` times, the two in turns so that what slows the machine meets both.
+
+    Raises:
+        ValueError: one of the two is no MODEL, or none of those that this pack speeds up.
+        RuntimeError: matplotlib is missing.
+    """
+    _require_matplotlib()
+    models = [model] if compare_with is None else [model, compare_with]
+    for each in models:
+        require_model(each)
+        require_blocks(each, "measure")
+    sides = [Side(name) for name in _NAMES[: len(models)]]
+    bar = comfy.utils.ProgressBar(len(models) * (rounds + 1) * steps)
+    for number in range(rounds + 1):
+        for side, each in zip(sides, models, strict=True):
+            text.show(f"{side.name}: first run" if number == 0 else f"{side.name}: run {number} of {rounds}")
+            _run(side, each, inputs, steps, number == 0, bar)
+    device = _device_name(model.load_device)
+    told = describe(sides, inputs, steps, device)
+    text.show(told.splitlines()[-1])
+    return told, draw(sides, inputs, steps, device)
+
+
+def _run(side: Side, model: ModelPatcher, inputs: Inputs, steps: int, first: bool, bar: Any) -> None:
+    device, outside = model.load_device, 0
+
+    def on_step() -> None:
+        nonlocal outside
+        bar.update(1)
+        # With dynamic VRAM, weights lie outside of PyTorch's allocator.
+        outside = max(outside, model.loaded_size() - model.model.model_loaded_weight_memory)
+
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    seconds = sample(model, inputs, steps, on_step)
+    if first:
+        side.first = seconds[0]
+        return
+    # The first step of a run may make what serves all others, such as modulation.
+    side.steps += seconds[1:]
+    side.images.append(sum(seconds))
+    if device.type == "cuda":
+        side.peak = max(side.peak, peak_bytes(device) + outside)
+
+
+def describe(sides: Sequence[Side], inputs: Inputs, steps: int, device: str) -> str:
+    """A line on what was run, one for each side, and with two sides one that compares them."""
+    lines = [f"{inputs}, {steps} steps, {device}"]
+    for side in sides:
+        memory = f", peak memory {side.peak / _GIB:.2f} GiB" if side.peak else ""
+        lines.append(
+            f"{side.name}: {_time(side.step)} a step ({_time(min(side.steps))} to {_time(max(side.steps))}), "
+            f"{_time(side.image)} for {steps} steps, first step {_time(side.extra)} longer{memory}"
+        )
+    if len(sides) == 2:
+        lines.append(_comparison(sides[0], sides[1], inputs.batch))
+    return "\n".join(lines)
+
+
+def _comparison(side: Side, other: Side, batch: int) -> str:
+    faster, slower = (side, other) if side.image <= other.image else (other, side)
+    said = f"{faster.name} is {slower.image / faster.image:.2f} times as fast as {slower.name}"
+    count = break_even(faster, slower, batch)
+    if count is None:
+        return said
+    return f"{said}, ahead from image {count} on"
+
+
+def break_even(faster: Side, slower: Side, batch: int) -> int | None:
+    """How many images it takes until what ``faster`` costs once is regained; None when it never is."""
+    gain = (slower.image - faster.image) / batch
+    if gain <= 0:
+        return None
+    return max(math.ceil((faster.extra - slower.extra) / gain), 1)
+
+
+def draw(sides: Sequence[Side], inputs: Inputs, steps: int, device: str) -> Tensor:
+    """Step times with their spread beside total time over images, as an image (1, height, width, 3) in 0..1."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=_SIZE, dpi=_DPI, layout="constrained", facecolor="white")
+    canvas = FigureCanvasAgg(figure)
+    title = f"{_comparison(sides[0], sides[1], inputs.batch)}" if len(sides) == 2 else f"{_time(sides[0].step)} a step"
+    figure.suptitle(f"{title}\n", fontsize=14, fontweight="bold")
+    figure.text(0.5, 0.91, f"{inputs}, {steps} steps, {device}", ha="center", fontsize=9, color="#555555")
+    left, right = figure.subplots(1, 2)
+    _draw_steps(left, sides)
+    _draw_totals(right, sides, inputs.batch)
+    canvas.draw()
+    width, height = canvas.get_width_height()
+    pixels = torch.frombuffer(bytearray(canvas.buffer_rgba()), dtype=torch.uint8).reshape(1, height, width, 4)
+    return pixels[..., :3].float() / 255
+
+
+def _draw_steps(axes: Any, sides: Sequence[Side]) -> None:
+    unit, factor = ("ms", 1000) if max(max(side.steps) for side in sides) < 1 else ("s", 1)
+    for place, (side, colour) in enumerate(zip(sides, _COLOURS, strict=False)):
+        axes.bar(place, side.step * factor, width=0.55, color=colour, alpha=0.85)
+        spread = [[place + (index % 7 - 3) * 0.03 for index in range(len(side.steps))], side.steps]
+        axes.scatter(spread[0], [value * factor for value in spread[1]], s=9, color="#222222", alpha=0.6, zorder=3)
+        memory = f"\n{side.peak / _GIB:.1f} GiB" if side.peak else ""
+        highest = max(side.steps) * factor
+        axes.annotate(f"{_time(side.step)}{memory}", (place, highest), (0, 6), textcoords="offset points", ha="center")
+    axes.set_xticks(range(len(sides)), [side.name for side in sides])
+    axes.set_xlim(-0.7, len(sides) - 0.3)
+    axes.margins(y=0.2)
+    axes.set_ylabel(f"Time of a step ({unit})")
+    axes.set_title("A step: median, and each step as a dot", fontsize=10)
+    _plain(axes)
+
+
+def _draw_totals(axes: Any, sides: Sequence[Side], batch: int) -> None:
+    crossing = None
+    if len(sides) == 2:
+        faster, slower = sorted(sides, key=lambda side: side.image)
+        crossing = break_even(faster, slower, batch)
+    last = max(10, min(2 * (crossing or 0), 10_000))
+    for side, colour in zip(sides, _COLOURS, strict=False):
+        totals = [side.extra + count * side.image / batch for count in (0, last)]
+        axes.plot((0, last), totals, color=colour, linewidth=2.5, label=f"{side.name}: first step +{_time(side.extra)}")
+    if crossing is not None and 1 < crossing <= last:
+        axes.axvline(crossing, color="#888888", linestyle=":", linewidth=1.2)
+        axes.annotate(
+            f"image {crossing}", (crossing, 0), (4, 4), textcoords="offset points", color="#555555", fontsize=9
+        )
+    axes.set_xlim(0, last)
+    axes.set_ylim(bottom=0)
+    axes.set_xlabel("Images")
+    axes.set_ylabel("Time in all (s)")
+    axes.set_title("Total time, with what the first step costs once", fontsize=10)
+    axes.legend(frameon=False, fontsize=9, loc="upper left")
+    _plain(axes)
+
+
+def _plain(axes: Any) -> None:
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis="y", color="#dddddd", linewidth=0.6)
+    axes.set_axisbelow(True)
+
+
+def _require_matplotlib() -> None:
+    if importlib.util.find_spec("matplotlib") is None:
+        raise RuntimeError(
+            "Benchmark Model needs the package matplotlib, which draws its figure. Install it and restart ComfyUI: "
+            f'"{sys.executable}" -m pip install matplotlib'
+        )
+
+
+def _device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return comfy.model_management.get_torch_device_name(device)
+
+
+def _time(seconds: float) -> str:
+    return f"{seconds * 1000:.0f} ms" if seconds < 1 else f"{seconds:.2f} s" if seconds < 100 else f"{seconds:.0f} s"
