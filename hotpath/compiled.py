@@ -8,6 +8,7 @@ structure. They live in a bounded store for the whole process.
 
 from __future__ import annotations
 
+import itertools
 import logging
 import threading
 import time
@@ -34,6 +35,7 @@ log = logging.getLogger(__name__)
 MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 DYNAMIC = ("auto", "always", "never")
 CUDA_GRAPH_MODES = frozenset({"reduce-overhead", "max-autotune"})
+_NUMBERS = itertools.count()
 
 Bind = Callable[[Mapping[str, Any]], Mapping[str, Any]]
 """Turns a region's inputs into the keyword arguments of the block's forward. Traced with the region."""
@@ -146,8 +148,9 @@ class Region:
         def region(weights: dict[str, Tensor], inputs: dict[str, Any]) -> Any:
             return functional_call(template, weights, (), dict(bind(inputs)))
 
-        # Dynamo keeps its cache and its recompile limit per code object: each region gets one of its own.
-        self._code = region.__code__.replace(co_name=f"hotpath_{name.replace(' ', '_')}")
+        # Dynamo keeps its cache and its recompile limit per code object, and per name which sizes it has seen vary, so
+        # that a model of another width would make weights of any size. Each region gets both of its own.
+        self._code = region.__code__.replace(co_name=f"hotpath_{name.replace(' ', '_')}_{next(_NUMBERS)}")
         self._function = types.FunctionType(
             self._code, region.__globals__, self._code.co_name, None, region.__closure__
         )
