@@ -38,6 +38,8 @@ MISSING = object()
 REFUSED_BY_THE_HOST = {
     "required_input_missing",
     "value_not_in_list",
+    "value_smaller_than_min",
+    "value_bigger_than_max",
     "invalid_input_type",
     "bad_linked_input",
     "return_type_mismatch",
