@@ -26,6 +26,7 @@ from torch.func import functional_call
 from .artifacts import Kept
 from .counters import breaks_since, breaks_so_far, graphs_so_far, last_guard_failure, source_line
 from .graphs import Graph, NotAhead, compile_graph, load_graph
+from .inductor import needs_probe, region_options
 from .limits import graph_limit
 from .memory import peak_bytes
 from .reasons import plain_reason
@@ -154,18 +155,26 @@ class Region:
         self._function = types.FunctionType(
             self._code, region.__globals__, self._code.co_name, None, region.__closure__
         )
-        self._compiled = torch.compile(
-            self._function,
-            backend=settings.backend,
-            mode=settings.mode if settings.backend == "inductor" else None,
-            fullgraph=settings.fullgraph,
-            dynamic=False if settings.dynamic == "never" else None,
-        )
+        self._dynamic = False if settings.dynamic == "never" else None
+        self._use(probe=False)
         self._limit = settings.graph_limit(streams)
         self._kept = kept
         self._closure = {"template": template, "bind": bind}
         self._graphs: list[Graph] = []
         self._guard_failure = ""
+
+    def _use(self, probe: bool) -> None:
+        """Have graphs made with Inductor's options from now on; see ``region_options``."""
+        inductor = self.settings.backend == "inductor"
+        self._options = region_options(self.settings.mode, probe) if inductor else {}
+        self._probed = probe or not inductor
+        self._compiled = torch.compile(
+            self._function,
+            backend=self.settings.backend,
+            options=self._options,
+            fullgraph=self.settings.fullgraph,
+            dynamic=self._dynamic,
+        )
 
     @property
     def kept(self) -> Kept | None:
@@ -252,6 +261,9 @@ class Region:
             reason = f"the limit of {self._limit} graphs was reached; last {self._why_compiled_again()}"
             raise RegionFailed(self.name, reason) from error
         except TorchDynamoException as error:
+            if not self._probed and needs_probe(error):
+                self._use(probe=True)
+                return self._run(weights, inputs)
             # What a backend raised says more than Dynamo's sentence around it.
             inner = getattr(error, "inner_exception", error)
             first_line = next(iter(str(inner).strip().splitlines()), type(inner).__name__)
@@ -271,9 +283,8 @@ class Region:
                 for tensor, before in zip(tensors, graph.sizes, strict=True):
                     changed = [dim for dim, size in enumerate(before) if size != tensor.shape[dim]]
                     torch._dynamo.maybe_mark_dynamic(tensor, changed)
-        dynamic = False if self.settings.dynamic == "never" else None
         try:
-            made = compile_graph(self._function, self._closure, weights, inputs, sizes, self.settings.mode, dynamic)
+            made = compile_graph(self._function, self._closure, weights, inputs, sizes, self._options, self._dynamic)
         except NotAhead as reason:
             self.stats.cache = f"off: {reason}"
             log.warning("%s region can't be kept for the next start: %s", self.name, reason)

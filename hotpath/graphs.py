@@ -91,13 +91,14 @@ def compile_graph(
     weights: dict[str, Tensor],
     inputs: dict[str, Any],
     sizes: tuple[tuple[int, ...], ...],
-    mode: str,
+    options: Mapping[str, Any],
     dynamic: bool | None,
 ) -> Graph:
     """Compile ``function(weights, inputs)`` with Inductor for these arguments and what its guards let vary.
 
     Args:
         closure: the free variables of ``function`` by name. Nothing may change about them.
+        options: Inductor's.
 
     Raises:
         NotAhead: it can't be kept for another process, or PyTorch's ahead-of-time compiler failed otherwise.
@@ -117,10 +118,11 @@ def compile_graph(
             keep.append(not entry.is_global and not (root and root[0] in closure))
         return keep
 
-    options = {**torch._inductor.list_mode_options(mode), "guard_filter_fn": portable}
     try:
         with _compiling, torch._dynamo.config.patch(enable_aot_compile=True):
-            compiled: Any = torch.compile(function, fullgraph=True, dynamic=dynamic, options=options)
+            compiled: Any = torch.compile(
+                function, fullgraph=True, dynamic=dynamic, options={**options, "guard_filter_fn": portable}
+            )
             made = compiled.aot_compile(((weights, inputs), {}))
         aliases, module = made._artifacts.runtime_env.import_sources, function.__module__
         dependencies = tuple(global_dependency(name, aliases, module) for name in dict.fromkeys(names))
