@@ -29,7 +29,7 @@ ROOT = Path(__file__).resolve().parent
 PYTHON = ((3, 10), (3, 13))
 ARCHIVE_FOLDER = ("vendor", "ComfyUI")
 REQUIREMENTS = (ROOT / "requirements.txt", ROOT / "tests" / "requirements.txt")
-TEST_MODULES = ("diffusers", "hypothesis", "pytest", "pytest_timeout")
+TEST_MODULES = ("diffusers", "hypothesis", "playwright", "pytest", "pytest_timeout", "xdist")
 NEEDED_BYTES = 10_000_000_000
 # Raise it when an environment that an older dev.py made no longer serves.
 FORMAT = 1

@@ -26,6 +26,11 @@ hypothesis.settings.register_profile("hotpath", deadline=None)
 hypothesis.settings.load_profile("hotpath")
 
 
+def pytest_xdist_auto_num_workers(config):
+    """One core each, and memory for a host and a server each; what is measured on a GPU wants it alone."""
+    return 1 if torch.cuda.is_available() else min(os.cpu_count() or 1, 4)
+
+
 def pytest_collection_modifyitems(items):
     for item in items:
         if item.get_closest_marker("gpu") and not torch.cuda.is_available():
