@@ -162,6 +162,8 @@ async function explain(node) {
   dialog.className = "hotpath-report";
   close.onclick = () => dialog.close();
   dialog.onclose = () => dialog.remove();
+  // The host would take Escape from it, and Delete for the selected nodes.
+  dialog.onkeydown = (event) => event.stopPropagation();
   app.canvas.canvas.parentElement.append(dialog);
   dialog.showModal();
 }
