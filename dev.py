@@ -30,7 +30,6 @@ PYTHON = ((3, 10), (3, 13))
 ARCHIVE_FOLDER = ("vendor", "ComfyUI")
 REQUIREMENTS = (ROOT / "requirements.txt", ROOT / "tests" / "requirements.txt")
 TEST_MODULES = ("diffusers", "hypothesis", "playwright", "pytest", "pytest_timeout", "xdist")
-NEEDED_BYTES = 10_000_000_000
 # Raise it when an environment that an older dev.py made no longer serves.
 FORMAT = 1
 COMMANDS = {
@@ -39,6 +38,7 @@ COMMANDS = {
     "bench": "compare with other ways to compile; options --blocks D+S, --quick, --rounds N, --json FILE, --plot FILE; "
     "or --model FILE, --soak N, --quantize, --memory, --start",
     "serve": "run ComfyUI with this pack for a browser; options --port N, -- ARGUMENTS OF COMFYUI",
+    "package": "validate, lint and pack for the Comfy registry, into node.zip",
 }
 # Like python -m, without the current folder, whose modules could shadow others.
 RUN_MODULE = (
@@ -53,14 +53,17 @@ class Setup:
     """What an environment is made from.
 
     ``archive`` is the source distribution that carries the whole of a ComfyUI release, unmodified; without one the
-    environment serves the engine's tests alone. ``tests`` are what the matrix runs in it.
+    environment serves the engine's tests or the registry's tools alone. ``tests`` are what the matrix runs in it.
     """
 
     name: str
-    torch: tuple[str, ...]
+    packages: tuple[str, ...]
     archive: str | None = None
     sha256: str | None = None
     tests: tuple[str, ...] = ("tests/host", "tests/server")
+    requirements: tuple[Path, ...] = REQUIREMENTS
+    needed_bytes: int = 10_000_000_000
+    takes: str = "7 GB, 2 to 5 minutes"
 
 
 TORCH = ("torch==2.11.0", "torchvision==0.26.0", "torchaudio==2.11.0")
@@ -104,6 +107,14 @@ ENGINES = tuple(
     Setup(f"torch {version}", (f"torch=={version}", "numpy", "psutil"), tests=("tests/engine",))
     for version in ("2.15.0", "2.13.0", "2.11.0", "2.9.1", "2.7.1")
 )
+# Not among the tests' requirements, which would make the environment of gigabytes anew with each of their versions.
+TOOLS = Setup(
+    "the registry's tools",
+    ("comfy-cli==1.23.0", "comfy-test==0.4.15"),
+    requirements=(),
+    needed_bytes=800_000_000,
+    takes="0.4 GB, about a minute",
+)
 
 
 class SetupError(Exception):
@@ -129,7 +140,7 @@ def main(arguments: Sequence[str]) -> int:
         prog="dev.py",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        usage="dev.py [-h] [--host VERSION] {demo,test,bench,serve} [options]",
+        usage="dev.py [-h] [--host VERSION] {demo,test,bench,serve,package} [options]",
         epilog="HOTPATH_CACHE: the cache folder. COMFYUI_PATH: an existing ComfyUI to use instead; it is not changed.",
     )
     versions = [setup.name for setup in HOSTS]
@@ -146,6 +157,11 @@ def main(arguments: Sequence[str]) -> int:
         cache = cache_folder(os.environ, sys.platform, Path.home())
         if given.command == "test" and "--matrix" in arguments:
             return run_matrix([argument for argument in arguments[ours:] if argument != "--matrix"], cache)
+        if given.command == "package":
+            if arguments[ours:]:
+                parser.error(f"package takes no {arguments[ours]}")
+            print(f"Packed as {package(cache)}")
+            return 0
         environment = find_environment(os.environ, cache, setup)
         if given.command == "test" and not environment.ours:
             check_test_modules(environment.python)
@@ -213,7 +229,7 @@ def own_environment(cache: Path, setup: Setup) -> Environment:
         SetupError: a download, a checksum or an installation failed, or there is too little space.
         OSError: the cache folder can't be written.
     """
-    key = environment_key(REQUIREMENTS, setup)
+    key = environment_key(setup)
     folder = cache / key
     environment = Environment(venv_python(folder / "venv"), folder / "ComfyUI", ours=True)
     complete = folder / "complete"
@@ -224,16 +240,17 @@ def own_environment(cache: Path, setup: Setup) -> Environment:
         if not complete.exists():
             build(environment, setup, folder, cache / f"{key}.log", lock)
             complete.touch()
+            known = {environment_key(other) for other in (*HOSTS, *ENGINES, TOOLS)}
             for older in cache.glob("*/complete"):
-                if older != complete:
-                    print(f"{older.parent} can be deleted, unless another checkout, Python or --host uses it.")
+                if older.parent.name not in known:
+                    print(f"{older.parent} can be deleted, unless another checkout or Python uses it.")
     return environment
 
 
-def environment_key(requirements: Sequence[Path], setup: Setup) -> str:
+def environment_key(setup: Setup) -> str:
     """A digest of all that an environment is made from."""
-    parts = [FORMAT, sys.version, sys.base_prefix, platform.machine(), setup.archive, setup.sha256, setup.torch]
-    parts += [path.read_text(encoding="utf-8") for path in requirements if path.exists()]
+    parts = [FORMAT, sys.version, sys.base_prefix, platform.machine(), setup.archive, setup.sha256, setup.packages]
+    parts += [path.read_text(encoding="utf-8") for path in setup.requirements if path.exists()]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:12]
 
 
@@ -244,16 +261,16 @@ def build(environment: Environment, setup: Setup, folder: Path, log: Path, lock:
         SetupError, OSError: as ``own_environment``.
     """
     shutil.rmtree(folder, ignore_errors=True)
-    free = shutil.disk_usage(folder.parent).free
-    if free < NEEDED_BYTES:
-        raise SetupError(f"Setting up needs about 10 GB and {folder.parent} has {free / 1e9:.1f} GB. {_space_hint()}")
+    needed, free = setup.needed_bytes / 1e9, shutil.disk_usage(folder.parent).free / 1e9
+    if free < needed:
+        raise SetupError(f"Setting up needs about {needed:g} GB and {folder.parent} has {free:.1f} GB. {_space_hint()}")
     downloads = folder / "downloads"
     downloads.mkdir(parents=True)
     log.write_bytes(b"")
     # Wheels of gigabytes pass through here; the system's own temporary folder may be small.
     env = {**os.environ, "TMPDIR": str(downloads), "TEMP": str(downloads), "TMP": str(downloads)}
     pip = [str(environment.python), "-m", "pip", "--disable-pip-version-check"]
-    files = [path for path in REQUIREMENTS if path.exists()]
+    files = [path for path in setup.requirements if path.exists()]
 
     print(f"Setting up {setup.name if setup.archive is None else f'ComfyUI {setup.name}'} in {folder}, once.")
     _step("Making a virtual environment", [sys.executable, "-m", "venv", str(folder / "venv")], log, lock, env)
@@ -265,8 +282,8 @@ def build(environment: Environment, setup: Setup, folder: Path, log: Path, lock:
         verify(archive, setup.sha256)
         unpack(archive, ARCHIVE_FOLDER, environment.comfyui)
         files.append(environment.comfyui / "requirements.txt")
-    install = [*pip, "install", *setup.torch, *(part for path in files for part in ("-r", str(path)))]
-    _step("Installing requirements (7 GB, 2 to 5 minutes)", install, log, lock, env)
+    install = [*pip, "install", *setup.packages, *(part for path in files for part in ("-r", str(path)))]
+    _step(f"Installing requirements ({setup.takes})", install, log, lock, env)
     shutil.rmtree(downloads, ignore_errors=True)
 
 
@@ -381,11 +398,11 @@ def run_matrix(arguments: Sequence[str], cache: Path) -> int:
     """
     results = {}
     for setup in (*HOSTS, *ENGINES):
-        folder = cache / environment_key(REQUIREMENTS, setup)
+        folder = cache / environment_key(setup)
         kept = (folder / "complete").exists()
         environment = find_environment({}, cache, setup)
         line, env = command_line("test", [*setup.tests, *arguments], environment, cache)
-        print(f"\n{setup.name}: {', '.join(setup.torch)}", flush=True)
+        print(f"\n{setup.name}: {', '.join(setup.packages)}", flush=True)
         results[setup.name] = subprocess.call(line, env=env)
         os.chdir(ROOT)
         if not kept:
@@ -394,8 +411,30 @@ def run_matrix(arguments: Sequence[str], cache: Path) -> int:
     for setup in (*HOSTS, *ENGINES):
         outcome = "passed" if results[setup.name] == 0 else f"FAILED (status {results[setup.name]})"
         what = "the pack refuses to load" if setup.tests is REFUSED else ", ".join(setup.tests)
-        print(f"{setup.name:<14} {setup.torch[0]:<16} {what:<26} {outcome}")
+        print(f"{setup.name:<14} {setup.packages[0]:<16} {what:<26} {outcome}")
     return max(results.values())
+
+
+def package(cache: Path) -> Path:
+    """Validate, lint and pack as the registry does; returns the archive of what git tracks less ``.comfyignore``.
+
+    Raises:
+        SetupError: the tools can't be had, or one of them failed or warned.
+    """
+    python = find_environment({}, cache, TOOLS).python
+    node = ("comfy_cli", "--skip-prompt", "--no-enable-telemetry", "node")
+    for tool in ((*node, "validate"), ("comfy_test", "lint", "--strict"), (*node, "pack")):
+        # Isolated, as our packages would shadow others of their names.
+        line = [str(python), "-I", "-X", "utf8", "-m", *tool]
+        env = {**os.environ, "DO_NOT_TRACK": "1"}
+        done = subprocess.run(line, cwd=ROOT, env=env, stdin=subprocess.DEVNULL, capture_output=True)
+        # Not every console can print its signs.
+        said = (done.stdout + done.stderr).decode("ascii", errors="ignore").strip()
+        # What validate only warns of, the registry drops.
+        if done.returncode or (tool[-1] == "validate" and "warning" in said.lower()):
+            raise SetupError(f"{' '.join(tool)} ended with status {done.returncode} and said:\n{said}")
+        print(said, flush=True)
+    return ROOT / "node.zip"
 
 
 def command_line(

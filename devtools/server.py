@@ -105,7 +105,7 @@ def cpu_flags() -> list[str]:
 class HostServer:
     """ComfyUI with only this pack and the development nodes, on a free port, from ``start`` to ``stop``.
 
-    The pack is copied, so that it runs under the folder name that users have.
+    The pack is copied, so that it runs under the folder name that users have, or unpacked from an archive.
 
     Args:
         comfyui: folder of the host's main.py.
@@ -113,6 +113,7 @@ class HostServer:
         flags: further command line arguments; with None those of ``cpu_flags``.
         env: environment variables on top of the current ones.
         model_folders: folders to look for diffusion models in, beside ``diffusion_models``.
+        archive: a packed pack to install, in a folder of the archive's name, rather than copy this one.
         port: 0 chooses a free one.
         echo: print the host's output rather than log it.
     """
@@ -125,6 +126,7 @@ class HostServer:
         flags: Sequence[str] | None = None,
         env: Mapping[str, str] | None = None,
         model_folders: Sequence[Path] = (),
+        archive: Path | None = None,
         port: int = 0,
         echo: bool = False,
     ) -> None:
@@ -140,6 +142,8 @@ class HostServer:
         self._flags = cpu_flags() if flags is None else list(flags)
         self.env = dict(env or {})
         self._model_folders = model_folders
+        self._archive = archive
+        self.pack = self.base / "custom_nodes" / (archive.stem if archive else "HotPath")
         self._echo = echo
         self._process: subprocess.Popen[bytes] | None = None
 
@@ -274,29 +278,34 @@ class HostServer:
     def _prepare(self) -> None:
         for folder in (self.diffusion_models, self.loras, self.base / "custom_nodes"):
             folder.mkdir(parents=True, exist_ok=True)
-        pack = self.base / "custom_nodes" / "HotPath"
-        for copied in (pack, pack.with_name(HOST_NODES.name)):
+        for copied in (self.pack, self.pack.with_name(HOST_NODES.name)):
             shutil.rmtree(copied, ignore_errors=True)
         ignored = shutil.ignore_patterns("__pycache__")
-        shutil.copytree(HOST_NODES, pack.with_name(HOST_NODES.name), ignore=ignored)
-        pack.mkdir()
-        for name in PACK:
-            source = ROOT / name
-            if source.is_dir():
-                shutil.copytree(source, pack / name, ignore=ignored)
-            elif source.exists():
-                shutil.copy2(source, pack / name)
+        shutil.copytree(HOST_NODES, self.pack.with_name(HOST_NODES.name), ignore=ignored)
+        if self._archive is not None:
+            shutil.unpack_archive(self._archive, self.pack)
+        else:
+            self._copy_pack(ignored)
         # The host reads YAML, and JSON is YAML.
         folders = "\n".join(str(folder.resolve()) for folder in self._model_folders)
         extra = {"hotpath": {"diffusion_models": folders}} if folders else {}
         (self.base / "extra_model_paths.yaml").write_text(json.dumps(extra), encoding="utf-8")
+
+    def _copy_pack(self, ignored: Callable[[str, list[str]], set[str]]) -> None:
+        self.pack.mkdir()
+        for name in PACK:
+            source = ROOT / name
+            if source.is_dir():
+                shutil.copytree(source, self.pack / name, ignore=ignored)
+            elif source.exists():
+                shutil.copy2(source, self.pack / name)
 
     def _launch(self) -> subprocess.Popen[bytes]:
         database = (self.base / "comfyui.db").as_posix()
         command = [sys.executable, str(SUPERVISED), str(self.comfyui / "main.py")]
         command += ["--base-directory", str(self.base), "--database-url", f"sqlite:///{database}"]
         command += ["--extra-model-paths-config", str(self.base / "extra_model_paths.yaml")]
-        command += ["--disable-all-custom-nodes", "--whitelist-custom-nodes", "HotPath", HOST_NODES.name]
+        command += ["--disable-all-custom-nodes", "--whitelist-custom-nodes", self.pack.name, HOST_NODES.name]
         command += ["--listen", "127.0.0.1", "--port", str(self.port), "--disable-auto-launch", "--disable-api-nodes"]
         offline = {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "DO_NOT_TRACK": "1"}
         env = {**os.environ, "PYTHONUNBUFFERED": "1", "PYTHONIOENCODING": "utf-8", **offline, **self.env}

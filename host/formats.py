@@ -114,7 +114,7 @@ class Format:
 
 
 class Fp8(Format):
-    """``fp8_e4m3``: ``w ≈ fp8(w / s) * s`` with one scale ``s = max|w| / 448`` a weight; activations as they are, in
+    """``fp8_e4m3``: ``w ~ fp8(w / s) * s`` with one scale ``s = max|w| / 448`` a weight; activations as they are, in
     fp8, which have no scale in the host. Half of bf16.
 
     Source: the host's ``TensorCoreFP8E4M3Layout``; arXiv:2209.05433.

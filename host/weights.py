@@ -15,6 +15,7 @@ import comfy.ops
 import comfy.quant_ops
 import torch
 from torch import Tensor, nn
+from torch.nn import LayerNorm, Linear, RMSNorm
 
 from ..hotpath.compiled import plain_tensor
 from ..hotpath.template import NotHoistable
@@ -36,19 +37,19 @@ def plain_layer(module: Any) -> nn.Module | None:
         if getattr(module, "pre_quant_scale", None) is not None:
             raise NotHoistable(f"a layer smooths its activations before it computes in {module.quant_format}")
         return _linear(module) if format_in_use(module) is None else quantized_layer(module)
-    base = next((known for known in (nn.Linear, nn.LayerNorm, nn.RMSNorm) if issubclass(kind, known)), None)
+    base = next((known for known in (Linear, LayerNorm, RMSNorm) if issubclass(kind, known)), None)
     if base is None:
         if kind.__module__.startswith(_CONTAINERS):
             return None
         raise NotHoistable(f"{class_name(kind)} is not a layer that HotPath knows")
     if kind is not base and not _casts_like_the_host(kind, base):
         raise NotHoistable(f"{class_name(kind)} does not compute like torch.nn.{base.__name__}")
-    if base is nn.Linear:
+    if base is Linear:
         return _linear(module)
-    if base is nn.LayerNorm:
+    if base is LayerNorm:
         affine, bias = module.elementwise_affine, module.bias is not None
-        return nn.LayerNorm(module.normalized_shape, module.eps, affine, bias, device="meta")
-    return nn.RMSNorm(module.normalized_shape, module.eps, module.elementwise_affine, device="meta")
+        return LayerNorm(module.normalized_shape, module.eps, affine, bias, device="meta")
+    return RMSNorm(module.normalized_shape, module.eps, module.elementwise_affine, device="meta")
 
 
 def layer_state(layer: Any) -> str | None:
@@ -148,5 +149,5 @@ def _casts_like_the_host(kind: Any, base: type) -> bool:
     )
 
 
-def _linear(module: Any) -> nn.Linear:
-    return nn.Linear(module.in_features, module.out_features, bias=module.bias is not None, device="meta")
+def _linear(module: Any) -> Linear:
+    return Linear(module.in_features, module.out_features, bias=module.bias is not None, device="meta")

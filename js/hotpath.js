@@ -81,7 +81,8 @@ function idsOf(node, graph = root(), before = "") {
 
 function addPanel(node) {
   const inner = make("div");
-  const element = make("div", "", inner);
+  // Here and not in the document's head, which is every pack's.
+  const element = make("div", "", make("style", STYLE), inner);
   element.className = "hotpath-panel";
   element.setAttribute("role", "status");
   let height = 34;
@@ -157,11 +158,13 @@ async function explain(node) {
   );
   const text = texts.filter(Boolean).join("\n\n") || node.hotpathStatus?.text || "It has done nothing yet. Queue a prompt.";
   const close = make("button", "Close");
-  const dialog = make("dialog", "", make("h2", `${node.title}: report`), make("pre", text), close);
+  const dialog = make("dialog", "", make("style", STYLE), make("h2", `${node.title}: report`), make("pre", text), close);
   dialog.className = "hotpath-report";
   close.onclick = () => dialog.close();
   dialog.onclose = () => dialog.remove();
-  document.body.append(dialog);
+  // The host would take Escape from it, and Delete for the selected nodes.
+  dialog.onkeydown = (event) => event.stopPropagation();
+  app.canvas.canvas.parentElement.append(dialog);
   dialog.showModal();
 }
 
@@ -205,7 +208,6 @@ app.registerExtension({
     },
   ],
   setup() {
-    document.head.append(make("style", STYLE));
     api.addEventListener(EVENT, ({ detail }) => {
       toast(detail);
       if (detail.workflow === root().id) findNode(detail.node)?.hotpathShow?.(detail);

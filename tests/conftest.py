@@ -4,6 +4,7 @@ The root's ``nodes`` would otherwise shadow the host's module of that name.
 """
 
 import os
+import shutil
 import sys
 import types
 from pathlib import Path
@@ -20,6 +21,8 @@ ROOT = Path(__file__).resolve().parent.parent
 pack = types.ModuleType("hotpath_pack")
 pack.__path__ = [str(ROOT)]
 sys.modules["hotpath_pack"] = pack
+
+from hotpath_pack import dev  # noqa: E402
 
 # A shared machine can take any time for an example.
 hypothesis.settings.register_profile("hotpath", deadline=None)
@@ -42,3 +45,12 @@ def one_compile_only():
     """Any recompile in the test is an error."""
     with torch._dynamo.config.patch(error_on_recompile=True):
         yield
+
+
+@pytest.fixture(scope="session")
+def packed(tmp_path_factory):
+    """The archive of ``dev.py package``; test files that run side by side make it one after the other."""
+    cache = dev.cache_folder(os.environ, sys.platform, Path.home())
+    cache.mkdir(parents=True, exist_ok=True)
+    with dev.locked(cache / "package.lock"):
+        return Path(shutil.copy(dev.package(cache), tmp_path_factory.mktemp("packed")))

@@ -19,6 +19,7 @@ from hotpath_pack.hotpath.limits import graph_limit
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch.nn import Linear
 
 SETTINGS = CompileSettings(backend="aot_eager")
 DIMS = {"x": (1,)}
@@ -29,7 +30,7 @@ class Block(nn.Module):
 
     def __init__(self, width=8):
         super().__init__()
-        self.linear = nn.Linear(width, width, device="meta")
+        self.linear = Linear(width, width, device="meta")
 
     def forward(self, x, scale=None):
         x += self.linear(x)

@@ -16,7 +16,8 @@ from hotpath_pack.hotpath.artifacts import Kept, Store, environment
 from hotpath_pack.hotpath.compiled import CompileSettings, Region, RegionFailed
 from hotpath_pack.hotpath.counters import graphs_so_far
 from hotpath_pack.hotpath.fingerprint import Dependency, describe
-from torch import nn
+from torch import autocast, nn
+from torch.nn import Linear
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 DIMS = {"x": (1,)}
@@ -31,7 +32,7 @@ def twice(x):
 class Block(nn.Module):
     def __init__(self):
         super().__init__()
-        self.linear = nn.Linear(8, 8, device="meta")
+        self.linear = Linear(8, 8, device="meta")
 
     def forward(self, x, scale=None):
         x += nn.functional.gelu(self.linear(twice(x)))
@@ -128,8 +129,8 @@ def threads():
     torch.set_num_threads(before)
 
 
-def autocast():
-    with torch.autocast("cpu", torch.bfloat16):
+def mixed_precision():
+    with autocast("cpu", torch.bfloat16):
         yield
 
 
@@ -169,7 +170,7 @@ CHANGES = [
     default_dtype,
     tf32,
     threads,
-    autocast,
+    mixed_precision,
     no_grad,
     device,
     replaced_function,

@@ -6,6 +6,7 @@ import torch
 from hotpath_pack.hotpath.template import Given, NotHoistable, plan_block
 from torch import nn
 from torch.func import functional_call
+from torch.nn import Linear
 
 
 class Scale(nn.Module):
@@ -20,8 +21,8 @@ class Scale(nn.Module):
 class Block(nn.Module):
     def __init__(self, width=8, factor=2.0):
         super().__init__()
-        self.first = nn.Linear(width, width)
-        self.inner = nn.Sequential(nn.GELU(approximate="tanh"), nn.Linear(width, width, bias=False))
+        self.first = Linear(width, width)
+        self.inner = nn.Sequential(nn.GELU(approximate="tanh"), Linear(width, width, bias=False))
         self.scale = Scale(factor)
 
     def forward(self, x):
@@ -29,8 +30,8 @@ class Block(nn.Module):
 
 
 def plain_layer(module):
-    if type(module) is nn.Linear:
-        return nn.Linear(module.in_features, module.out_features, module.bias is not None, device="meta")
+    if type(module) is Linear:
+        return Linear(module.in_features, module.out_features, module.bias is not None, device="meta")
     if type(module) in (Block, Scale, nn.Sequential, nn.GELU):
         return None
     raise NotHoistable(f"{type(module).__name__} is unknown")
@@ -64,7 +65,7 @@ def test_equal_structures_share_a_key_and_different_ones_do_not():
     assert plan_block(Block(width=16), plain_layer).key != key
     assert plan_block(Block(factor=3.0), plain_layer).key != key
     without_bias = Block()
-    without_bias.first = nn.Linear(8, 8, bias=False)
+    without_bias.first = Linear(8, 8, bias=False)
     assert plan_block(without_bias, plain_layer).key != key
 
 
@@ -101,7 +102,7 @@ def bolt_parametrization(block):
 
 
 def bolt_foreign_class(block):
-    class Foreign(nn.Linear):
+    class Foreign(Linear):
         pass
 
     block.inner[1] = Foreign(8, 8)
@@ -139,7 +140,7 @@ def test_a_layer_swapped_for_one_like_it_is_noticed():
     block = Block()
     plan = plan_block(block, plain_layer)
     old = block.first
-    block.first = nn.Linear(8, 8)
+    block.first = Linear(8, 8)
     with pytest.raises(NotHoistable, match="first was replaced"):
         plan.layers(block)
     block.first = old

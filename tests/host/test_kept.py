@@ -20,6 +20,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from sampling import TOLERANCE, Counting, Texts, compiled_blocks, load, sample
 from test_counts import with_lora
+from torch.nn import GELU, Linear, Sequential
 
 CPU = torch.device("cpu")
 needs_ahead = pytest.mark.skipif(not graphs.supported(), reason="needs PyTorch 2.11")
@@ -151,7 +152,7 @@ PARTS = st.fixed_dictionaries(
 def key_of(parts, seed):
     """The key, with weights, activations and token counts of ``seed``, which are no part of it."""
     torch.manual_seed(seed)
-    block = torch.nn.Sequential(torch.nn.Linear(parts["hidden"], 8, parts["bias"]), torch.nn.GELU())
+    block = Sequential(Linear(parts["hidden"], 8, parts["bias"]), GELU())
     template = plan_block(block, plain_layer).template
     tokens = 4 if parts["dynamic"] == "never" else 2 + seed
     inputs = {"img": torch.randn(1, tokens, 8, dtype=parts["dtype"]), "mask": torch.ones(2) if parts["mask"] else None}
@@ -176,7 +177,7 @@ def test_a_change_of_any_part_misses_and_of_none_hits(one, change, which):
 @needs_ahead
 def test_settings_that_cannot_be_kept(chosen):
     with pytest.raises(NotPortable):
-        artifacts.kept_region("a", torch.nn.Linear(1, 1), bind_traced, CompileSettings(**chosen), (), (), CPU)
+        artifacts.kept_region("a", Linear(1, 1), bind_traced, CompileSettings(**chosen), (), (), CPU)
 
 
 class Pass:

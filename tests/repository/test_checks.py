@@ -3,6 +3,7 @@
 import ast
 import importlib.util
 import re
+import struct
 import subprocess
 import sys
 from pathlib import Path
@@ -82,6 +83,12 @@ def test_metadata_for_the_registry():
     assert oldest and comfy["requires-comfyui"] == f">={oldest[1]}"
     assert comfy["PublisherId"] and comfy["DisplayName"]
     assert "web" not in comfy
+    files = metadata["project"]["urls"]["Repository"].replace("github.com", "raw.githubusercontent.com") + "/main/"
+    # The registry takes an icon of up to 800x400, and shows a banner of 21:9.
+    for url, size in ((comfy["Icon"], (400, 400)), (comfy["Banner"], (1344, 576))):
+        picture = ROOT / url.removeprefix(files)
+        assert size == struct.unpack(">II", picture.read_bytes()[16:24])
+        assert picture.with_suffix(".svg").is_file() and picture.stat().st_size < 200_000
     assert re.fullmatch(r"\d+\.\d+\.\d+", metadata["project"]["version"])
     assert metadata["project"]["version"] in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
 

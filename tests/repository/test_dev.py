@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 import tarfile
+import types
 from pathlib import Path
 
 import pytest
@@ -39,12 +40,14 @@ def test_the_cache_folder_follows_the_system(environ, system, folder):
 def test_the_environment_is_keyed_by_what_it_is_built_from(tmp_path):
     requirements = tmp_path / "requirements.txt"
     requirements.write_text("pytest==1\n")
-    key = dev.environment_key([requirements], HOST)
-    assert dev.environment_key([requirements], HOST) == key
+    host = dataclasses.replace(HOST, requirements=(requirements,))
+    key = dev.environment_key(host)
+    assert dev.environment_key(host) == key
     requirements.write_text("pytest==2\n")
-    changed = dev.environment_key([requirements], HOST)
-    pins = dev.environment_key([requirements], dataclasses.replace(HOST, torch=("torch==2.12.0",)))
-    assert len({key, changed, pins, dev.environment_key([requirements], dev.HOSTS[1])}) == 4
+    changed = dev.environment_key(host)
+    pins = dev.environment_key(dataclasses.replace(host, packages=("torch==2.12.0",)))
+    archive = dev.environment_key(dataclasses.replace(host, archive=dev.HOSTS[1].archive))
+    assert len({key, changed, pins, archive}) == 4
 
 
 def archive(path, **files):
@@ -85,14 +88,14 @@ def test_a_wrong_checksum_is_refused(tmp_path):
 
 def test_a_complete_environment_is_used_at_once(tmp_path, monkeypatch):
     monkeypatch.setattr(dev, "build", lambda *args: pytest.fail("built again"))
-    folder = tmp_path / dev.environment_key(dev.REQUIREMENTS, HOST)
+    folder = tmp_path / dev.environment_key(HOST)
     folder.mkdir()
     (folder / "complete").touch()
     assert dev.own_environment(tmp_path, HOST).comfyui == folder / "ComfyUI"
 
 
 def test_an_interrupted_set_up_is_redone(tmp_path, monkeypatch):
-    folder = tmp_path / dev.environment_key(dev.REQUIREMENTS, HOST)
+    folder = tmp_path / dev.environment_key(HOST)
     folder.mkdir()
     (folder / "half").touch()
     monkeypatch.setattr(dev, "_step", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
@@ -114,10 +117,11 @@ def test_a_lock_is_held_against_another_process(tmp_path):
 
 
 def test_too_little_space_is_said_before_anything_is_fetched(tmp_path, monkeypatch):
-    monkeypatch.setattr(dev, "NEEDED_BYTES", 10**18)
+    monkeypatch.setattr(dev.shutil, "disk_usage", lambda _: types.SimpleNamespace(free=10**8))
     monkeypatch.setattr(dev, "_step", lambda *args: pytest.fail("went on"))
-    with pytest.raises(dev.SetupError, match="needs about 10 GB"):
-        dev.own_environment(tmp_path, HOST)
+    for setup, needed in ((HOST, "10 GB"), (dev.TOOLS, "0.8 GB")):
+        with pytest.raises(dev.SetupError, match=f"needs about {needed} and .* has 0.1 GB"):
+            dev.own_environment(tmp_path, setup)
 
 
 def test_a_disk_that_fills_up_is_one_sentence(tmp_path, monkeypatch):
@@ -151,7 +155,7 @@ def test_the_matrix_runs_each_setup_and_keeps_only_what_was_there(tmp_path, monk
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(dev, "build", make)
     monkeypatch.setattr(dev.subprocess, "call", call)
-    kept = tmp_path / dev.environment_key(dev.REQUIREMENTS, HOST)
+    kept = tmp_path / dev.environment_key(HOST)
     kept.mkdir()
     (kept / "complete").touch()
     assert dev.run_matrix(["-q"], tmp_path) == 1
@@ -200,6 +204,8 @@ def test_errors_are_one_sentence_and_a_status(tmp_path):
     status, text = command_line("demo", COMFYUI_PATH=str(tmp_path))
     assert status == 1 and text.startswith("COMFYUI_PATH is") and len(text.splitlines()) == 1
     assert command_line("dance")[0] == 2
+    status, text = command_line("package", "--fast")
+    assert status == 2 and "package takes no --fast" in text
     status, text = command_line("--host", "0.1.0", "demo")
     assert status == 2 and "invalid choice: '0.1.0'" in text
     status, text = command_line("demo", "--size", "100x100")

@@ -43,10 +43,10 @@ class Live:
 
 
 @contextmanager
-def serve(base, double, single, hidden=256, **env):
-    """A server on a tiny Flux.1 of so many blocks, with an empty compiler cache."""
+def serve(base, double, single, hidden=256, archive=None, **env):
+    """A server on a tiny Flux.1 of so many blocks, with an empty compiler cache; of the packed pack if one is given."""
     env = {"TORCHINDUCTOR_CACHE_DIR": str(base / "inductor"), **env}
-    with HostServer(Path(os.environ["COMFYUI_PATH"]), base=base, env=env) as server:
+    with HostServer(Path(os.environ["COMFYUI_PATH"]), base=base, env=env, archive=archive) as server:
         weights = checkpoints.flux1(double, single, hidden=hidden)
         path = checkpoints.save(server.diffusion_models / "flux.safetensors", weights)
         checkpoints.save(server.loras / "style.safetensors", checkpoints.lora(weights))
