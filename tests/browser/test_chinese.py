@@ -1,0 +1,72 @@
+"""The page of a user whose ComfyUI speaks Chinese, in the classic canvas and in Nodes 2.0."""
+
+import json
+
+import pytest
+from hotpath_pack.devtools.browser import canvas
+from hotpath_pack.devtools.locales import LOCALES, NODE_DEFS
+from hotpath_pack.devtools.server import ROOT
+from hotpath_pack.devtools.workflows import sampling
+
+OFFLOAD = "HotPathOffloadRepeatedBlocks"
+NODE = json.loads((LOCALES / "zh" / NODE_DEFS).read_text(encoding="utf-8"))[OFFLOAD]
+SETTING = json.loads((LOCALES / "zh" / "settings.json").read_text(encoding="utf-8"))["HotPath_Toasts"]
+# Where on the page a widget is, and the name that it shows there.
+WIDGET = """
+([id, name]) => {
+    const { canvas, graph } = window.app;
+    const node = graph._nodes.find(node => String(node.id) === id);
+    const widget = node.widgets.find(widget => widget.name === name);
+    const [x, y] = canvas.ds.convertOffsetToCanvas([node.pos[0] + 60, node.pos[1] + widget.y + 8]);
+    const box = canvas.canvas.getBoundingClientRect();
+    return [widget.label, x + box.left, y + box.top];
+}
+"""
+
+
+@pytest.fixture(params=[False, True], ids=["classic", "Nodes 2.0"])
+def vue(request):
+    return request.param
+
+
+@pytest.fixture
+def page(live, vue):
+    with canvas(live.server, vue=vue, locale="zh") as shown:
+        yield shown
+        assert shown.errors == []
+
+
+def test_a_node_its_tooltips_its_help_and_the_setting_are_in_chinese(page, live, vue):
+    shown = page.page
+    ids = page.load(sampling(live.checkpoint, live.flux, offload={}), {"offload": (200, 120)})
+    shown.wait_for_timeout(500)
+    label = NODE["inputs"]["pin_memory"]["name"]
+    if vue:
+        title = shown.get_by_text(NODE["display_name"], exact=True)
+        title.wait_for()
+        shown.get_by_text(label, exact=True).hover()
+    else:
+        title = shown.evaluate(
+            "id => window.app.graph._nodes.find(node => String(node.id) === id).title", ids["offload"]
+        )
+        assert title == NODE["display_name"]
+        said, x, y = shown.evaluate(WIDGET, [ids["offload"], "pin_memory"])
+        assert said == label
+        shown.mouse.move(x - 2, y)
+        shown.mouse.move(x, y)
+    shown.get_by_text(NODE["inputs"]["pin_memory"]["tooltip"]).wait_for(timeout=10_000)
+
+    shown.evaluate(
+        "id => window.app.canvas.selectNode(window.app.graph._nodes.find(node => String(node.id) === id))",
+        ids["offload"],
+    )
+    shown.get_by_test_id("info-button").click()
+    shown.wait_for_selector(".node-help-content table")
+    help_page = (ROOT / "js" / "docs" / OFFLOAD / "zh.md").read_text(encoding="utf-8")
+    text = shown.inner_text(".node-help-content")
+    assert help_page.startswith(f"# {text.splitlines()[0]}\n")
+    assert "你看到的" in text and "What you see" not in text
+
+    shown.evaluate("window.app.extensionManager.command.execute('Comfy.ShowSettingsDialog')")
+    shown.get_by_text("HotPath", exact=True).last.click()
+    shown.locator("[data-setting-id='HotPath.Toasts']").get_by_text(SETTING["name"]).wait_for()
