@@ -114,7 +114,7 @@ def test_the_translated_help_page_says_the_same(node_id, language):
         f"`{name}`" if texts["name"] == name else f"{texts['name']} (`{name}`)"
         for name, texts in names[node_id]["inputs"].items()
     ]
-    assert [label for row in input_rows(page) for label in re.split(r"[,、]\s?", row.removesuffix(" |"))] == labels
+    assert [label for row in input_rows(page) for label in re.split("[,\u3001] ?", row.removesuffix(" |"))] == labels
 
 
 def tables(page):
