@@ -11,15 +11,15 @@ from hotpath_pack.devtools.workflows import sampling
 OFFLOAD = "HotPathOffloadRepeatedBlocks"
 NODE = json.loads((LOCALES / "zh" / NODE_DEFS).read_text(encoding="utf-8"))[OFFLOAD]
 SETTING = json.loads((LOCALES / "zh" / "settings.json").read_text(encoding="utf-8"))["HotPath_Toasts"]
-# Where on the page a widget is, and the name that it shows there.
+# Title of a node, and the name of a widget and where on the page it is.
 WIDGET = """
 ([id, name]) => {
     const { canvas, graph } = window.app;
-    const node = graph._nodes.find(node => String(node.id) === id);
+    const node = graph.getNodeById(id);
     const widget = node.widgets.find(widget => widget.name === name);
     const [x, y] = canvas.ds.convertOffsetToCanvas([node.pos[0] + 60, node.pos[1] + widget.y + 8]);
     const box = canvas.canvas.getBoundingClientRect();
-    return [widget.label, x + box.left, y + box.top];
+    return [node.title, widget.label, x + box.left, y + box.top];
 }
 """
 
@@ -38,28 +38,21 @@ def page(live, vue):
 
 def test_a_node_its_tooltips_its_help_and_the_setting_are_in_chinese(page, live, vue):
     shown = page.page
-    ids = page.load(sampling(live.checkpoint, live.flux, offload={}), {"offload": (200, 120)})
-    shown.wait_for_timeout(500)
+    offload = page.load(sampling(live.checkpoint, live.flux, offload={}), {"offload": (200, 120)})["offload"]
     label = NODE["inputs"]["pin_memory"]["name"]
     if vue:
-        title = shown.get_by_text(NODE["display_name"], exact=True)
-        title.wait_for()
+        shown.get_by_text(NODE["display_name"], exact=True).wait_for()
         shown.get_by_text(label, exact=True).hover()
     else:
-        title = shown.evaluate(
-            "id => window.app.graph._nodes.find(node => String(node.id) === id).title", ids["offload"]
-        )
-        assert title == NODE["display_name"]
-        said, x, y = shown.evaluate(WIDGET, [ids["offload"], "pin_memory"])
-        assert said == label
+        # Drawing a node gives its widgets their places.
+        shown.wait_for_function("id => window.app.graph.getNodeById(id).widgets.at(-1).y > 0", arg=offload)
+        title, said, x, y = shown.evaluate(WIDGET, [offload, "pin_memory"])
+        assert (title, said) == (NODE["display_name"], label)
         shown.mouse.move(x - 2, y)
         shown.mouse.move(x, y)
     shown.get_by_text(NODE["inputs"]["pin_memory"]["tooltip"]).wait_for(timeout=10_000)
 
-    shown.evaluate(
-        "id => window.app.canvas.selectNode(window.app.graph._nodes.find(node => String(node.id) === id))",
-        ids["offload"],
-    )
+    shown.evaluate("id => window.app.canvas.selectNode(window.app.graph.getNodeById(id))", offload)
     shown.get_by_test_id("info-button").click()
     shown.wait_for_selector(".node-help-content table")
     heading, _, first, *_ = (ROOT / "js" / "docs" / OFFLOAD / "zh.md").read_text(encoding="utf-8").splitlines()
