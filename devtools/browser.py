@@ -83,9 +83,15 @@ class Canvas:
 
 @contextmanager
 def canvas(
-    server: HostServer, *, vue: bool = False, light: bool = False, width: int = 1600, height: int = 900
+    server: HostServer,
+    *,
+    vue: bool = False,
+    light: bool = False,
+    locale: str = "en",
+    width: int = 1600,
+    height: int = 900,
 ) -> Iterator[Canvas]:
-    """A page on ``server``; ``vue`` shows Nodes 2.0, ``light`` the light theme.
+    """A page on ``server``; ``vue`` shows Nodes 2.0, ``light`` the light theme, ``locale`` another language.
 
     Raises:
         FileNotFoundError: the machine has no Chromium.
@@ -97,6 +103,7 @@ def canvas(
         {
             "Comfy.VueNodes.Enabled": vue,
             "Comfy.ColorPalette": "light" if light else "dark",
+            "Comfy.Locale": locale,
             "Comfy.TutorialCompleted": True,
             "Comfy.NodeSearchBoxImpl": "default",
         }

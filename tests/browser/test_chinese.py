@@ -1,0 +1,64 @@
+"""The page of a user whose ComfyUI speaks Chinese, in the classic canvas and in Nodes 2.0."""
+
+import json
+
+import pytest
+from hotpath_pack.devtools.browser import canvas
+from hotpath_pack.devtools.locales import LOCALES, NODE_DEFS
+from hotpath_pack.devtools.server import ROOT
+from hotpath_pack.devtools.workflows import sampling
+
+OFFLOAD = "HotPathOffloadRepeatedBlocks"
+NODE = json.loads((LOCALES / "zh" / NODE_DEFS).read_text(encoding="utf-8"))[OFFLOAD]
+SETTING = json.loads((LOCALES / "zh" / "settings.json").read_text(encoding="utf-8"))["HotPath_Toasts"]
+# Title of a node, and the name of a widget and where on the page it is.
+WIDGET = """
+([id, name]) => {
+    const { canvas, graph } = window.app;
+    const node = graph.getNodeById(id);
+    const widget = node.widgets.find(widget => widget.name === name);
+    const [x, y] = canvas.ds.convertOffsetToCanvas([node.pos[0] + 60, node.pos[1] + widget.y + 8]);
+    const box = canvas.canvas.getBoundingClientRect();
+    return [node.title, widget.label, x + box.left, y + box.top];
+}
+"""
+
+
+@pytest.fixture(params=[False, True], ids=["classic", "Nodes 2.0"])
+def vue(request):
+    return request.param
+
+
+@pytest.fixture
+def page(live, vue):
+    with canvas(live.server, vue=vue, locale="zh") as shown:
+        yield shown
+        assert shown.errors == []
+
+
+def test_a_node_its_tooltips_its_help_and_the_setting_are_in_chinese(page, live, vue):
+    shown = page.page
+    offload = page.load(sampling(live.checkpoint, live.flux, offload={}), {"offload": (200, 120)})["offload"]
+    label = NODE["inputs"]["pin_memory"]["name"]
+    if vue:
+        shown.get_by_text(NODE["display_name"], exact=True).wait_for()
+        shown.get_by_text(label, exact=True).hover()
+    else:
+        # Drawing a node gives its widgets their places.
+        shown.wait_for_function("id => window.app.graph.getNodeById(id).widgets.at(-1).y > 0", arg=offload)
+        title, said, x, y = shown.evaluate(WIDGET, [offload, "pin_memory"])
+        assert (title, said) == (NODE["display_name"], label)
+        shown.mouse.move(x - 2, y)
+        shown.mouse.move(x, y)
+    shown.get_by_text(NODE["inputs"]["pin_memory"]["tooltip"]).wait_for(timeout=10_000)
+
+    shown.evaluate("id => window.app.canvas.selectNode(window.app.graph.getNodeById(id))", offload)
+    shown.get_by_test_id("info-button").click()
+    shown.wait_for_selector(".node-help-content table")
+    heading, _, first, *_ = (ROOT / "js" / "docs" / OFFLOAD / "zh.md").read_text(encoding="utf-8").splitlines()
+    text = shown.inner_text(".node-help-content")
+    assert text.startswith(heading.removeprefix("# ")) and first.replace("**", "") in text
+
+    shown.evaluate("window.app.extensionManager.command.execute('Comfy.ShowSettingsDialog')")
+    shown.get_by_text("HotPath", exact=True).last.click()
+    shown.locator("[data-setting-id='HotPath.Toasts']").get_by_text(SETTING["name"]).wait_for()
