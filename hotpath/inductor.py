@@ -26,7 +26,8 @@ def needs_probe(error: BaseException) -> bool:
     inner = getattr(error, "inner_exception", error)
     if not isinstance(inner, (CppCompileError, ImportError, OSError)):
         return False
-    for kind in map(type, supported_vec_isa_list):
+    kinds: list[Any] = [type(known) for known in supported_vec_isa_list]
+    for kind in kinds:
         if hasattr(kind.__bool__, "cache_clear"):
             kind.__bool__.cache_clear()
     valid_vec_isa_list.cache_clear()
