@@ -1,4 +1,4 @@
-"""Tiny Flux checkpoints and LoRAs with random weights, in the key layout of the real files.
+"""Tiny Flux checkpoints, autoencoders and LoRAs with random weights, in the key layout of the real files.
 
 Weights are scaled so that activations stay finite and each weight changes the result. The same arguments give the
 same weights.
@@ -49,6 +49,10 @@ class _Weights(dict[str, Tensor]):
         self[f"{name}.weight"] = self._random(out_features, in_features).mul_(gain / in_features**0.5)
         if bias:
             self[f"{name}.bias"] = self._random(out_features).mul_(0.02)
+
+    def conv(self, name: str, out_channels: int, in_channels: int, size: int = 3, bias: bool = True) -> None:
+        self.linear(name, out_channels, in_channels * size**2, bias)
+        self[f"{name}.weight"] = self[f"{name}.weight"].view(out_channels, in_channels, size, size)
 
     def norm(self, name: str, features: int) -> None:
         self[f"{name}.scale"] = self._random(features).mul_(0.1).add_(1)
@@ -175,6 +179,35 @@ def chroma(
         weights.single_block(index, hidden, 4 * hidden, modulation=False)
     weights.linear("final_layer.linear", 64, hidden)
     return dict(weights)
+
+
+def autoencoder(*, flux2: bool = False, seed: int = 0) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Encoder and decoder of TAEF1 or TAEF2, the small autoencoders that the host has beside those of Flux."""
+    latent, inner = (32 if flux2 else 16), 64
+    encoder, decoder = _Weights(seed, torch.float32), _Weights(seed + 1, torch.float32)
+
+    def blocks(weights: _Weights, indices: Iterable[int], pooled: bool = False) -> None:
+        for index in indices:
+            for layer in (0, 2, 4):
+                weights.conv(f"{index}.conv.{layer}", inner, inner)
+            if pooled:
+                weights.conv(f"{index}.pool.0", 4 * inner, inner, 1, bias=False)
+                weights.conv(f"{index}.pool.3", inner, 4 * inner, 1, bias=False)
+                weights[f"{index}.pool.1.weight"] = torch.ones(4 * inner)
+                weights[f"{index}.pool.1.bias"] = torch.zeros(4 * inner)
+
+    encoder.conv("0", inner, 3)
+    blocks(encoder, (1, 3, 4, 5, 7, 8, 9))
+    blocks(encoder, (11, 12, 13), pooled=flux2)
+    encoder.conv("14", latent, inner)
+    decoder.conv("1", inner, latent)
+    blocks(decoder, (3, 4, 5), pooled=flux2)
+    blocks(decoder, (8, 9, 10, 13, 14, 15, 18))
+    decoder.conv("19", 3, inner)
+    for weights, resampling in ((encoder, (2, 6, 10)), (decoder, (7, 12, 17))):
+        for index in resampling:
+            weights.conv(str(index), inner, inner, bias=False)
+    return dict(encoder), dict(decoder)
 
 
 def normal(model: Mapping[str, Tensor], *, seed: int = 0, outliers: bool = False) -> dict[str, Tensor]:

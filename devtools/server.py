@@ -30,7 +30,7 @@ from torch import Tensor
 from .workflows import Workflow
 
 ROOT = Path(__file__).resolve().parent.parent
-PACK = ("__init__.py", "host", "hotpath", "nodes", "js", "locales", "example_workflows", "pyproject.toml")
+PACK = ("__init__.py", "host", "hotpath", "nodes", "js", "locales", "example_workflows", "subgraphs", "pyproject.toml")
 HOST_NODES = ROOT / "devtools" / "host_nodes"
 SUPERVISED = ROOT / "devtools" / "supervised.py"
 # The event in which a node of the pack tells its status.

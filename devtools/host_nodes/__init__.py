@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 from unittest.mock import patch
+from zlib import crc32
 
 import torch
 from aiohttp import web
@@ -19,6 +20,13 @@ from torch import Tensor, nn
 from torch._dynamo import register_backend
 
 import nodes
+
+
+def random_text(tokens: int, text_width: int, pooled_width: int, seed: int) -> list[Any]:
+    """One entry of the host's CONDITIONING."""
+    generator = torch.Generator().manual_seed(seed)
+    text = torch.randn(1, tokens, text_width, generator=generator)
+    return [text, {"pooled_output": torch.randn(1, pooled_width, generator=generator)} if pooled_width else {}]
 
 
 class HotPathDevConditioning(io.ComfyNode):
@@ -41,12 +49,42 @@ class HotPathDevConditioning(io.ComfyNode):
 
     @classmethod
     def execute(cls, tokens: int, text_width: int, pooled_width: int, guidance: float, seed: int) -> io.NodeOutput:
-        generator = torch.Generator().manual_seed(seed)
-        extras: dict[str, Any] = {"guidance": guidance}
-        text = torch.randn(1, tokens, text_width, generator=generator)
-        if pooled_width:
-            extras["pooled_output"] = torch.randn(1, pooled_width, generator=generator)
-        return io.NodeOutput([[text, extras]])
+        text, extras = random_text(tokens, text_width, pooled_width, seed)
+        return io.NodeOutput([[text, {**extras, "guidance": guidance}]])
+
+
+class RandomClip:
+    """As much of the host's CLIP as its text nodes use; another text gives other random numbers."""
+
+    def __init__(self, *size: int) -> None:
+        self.size = size
+
+    def tokenize(self, text: str) -> int:
+        return crc32(text.encode())
+
+    def encode_from_tokens_scheduled(self, tokens: int) -> list[Any]:
+        return [random_text(*self.size, tokens)]
+
+
+class HotPathDevTextEncoder(io.ComfyNode):
+    """A text encoder of a given size, where the host's own are of fixed ones of gigabytes."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="HotPathDevTextEncoder",
+            category="_for_testing/hotpath",
+            inputs=[
+                io.Int.Input("tokens", default=16, min=1, max=4096),
+                io.Int.Input("text_width", default=64, min=1, max=65536),
+                io.Int.Input("pooled_width", default=32, min=0, max=65536, tooltip="0: no pooled output."),
+            ],
+            outputs=[io.Clip.Output()],
+        )
+
+    @classmethod
+    def execute(cls, tokens: int, text_width: int, pooled_width: int) -> io.NodeOutput:
+        return io.NodeOutput(RandomClip(tokens, text_width, pooled_width))
 
 
 def attn1_patch(model: Any, strength: float) -> None:
@@ -228,7 +266,7 @@ class HotPathDevExtension(ComfyExtension):
             return web.json_response(count_models())
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
-        return [HotPathDevConditioning, HotPathDevPatch, HotPathDevQuantize]
+        return [HotPathDevConditioning, HotPathDevTextEncoder, HotPathDevPatch, HotPathDevQuantize]
 
 
 async def comfy_entrypoint() -> HotPathDevExtension:

@@ -1,0 +1,73 @@
+"""The example workflows and the blueprint of the pack, and tiny stand-ins for the files that they load."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import torch
+
+from . import checkpoints
+from .server import ROOT, HostServer
+from .workflows import Workflow
+
+EXAMPLES = ROOT / "example_workflows"
+BLUEPRINT = ROOT / "subgraphs" / "Fast Flux.json"
+SITE = "https://huggingface.co/"
+# File -> the host's folder for it, and where to get it.
+MODELS = {
+    "flux1-dev.safetensors": ("diffusion_models", "Comfy-Org/flux1-dev/resolve/main/flux1-dev.safetensors"),
+    "flux1-dev-kontext_fp8_scaled.safetensors": (
+        "diffusion_models",
+        "Comfy-Org/flux1-kontext-dev_ComfyUI/resolve/main/split_files/diffusion_models/"
+        "flux1-dev-kontext_fp8_scaled.safetensors",
+    ),
+    "flux2_dev_fp8mixed.safetensors": (
+        "diffusion_models",
+        "Comfy-Org/flux2-dev/resolve/main/split_files/diffusion_models/flux2_dev_fp8mixed.safetensors",
+    ),
+    "Hyper-FLUX.1-dev-8steps-lora.safetensors": (
+        "loras",
+        "ByteDance/Hyper-SD/resolve/main/Hyper-FLUX.1-dev-8steps-lora.safetensors",
+    ),
+    "clip_l.safetensors": ("text_encoders", "comfyanonymous/flux_text_encoders/resolve/main/clip_l.safetensors"),
+    "t5xxl_fp16.safetensors": (
+        "text_encoders",
+        "comfyanonymous/flux_text_encoders/resolve/main/t5xxl_fp16.safetensors",
+    ),
+    "t5xxl_fp8_e4m3fn_scaled.safetensors": (
+        "text_encoders",
+        "comfyanonymous/flux_text_encoders/resolve/main/t5xxl_fp8_e4m3fn_scaled.safetensors",
+    ),
+    "mistral_3_small_flux2_fp8.safetensors": (
+        "text_encoders",
+        "Comfy-Org/flux2-dev/resolve/main/split_files/text_encoders/mistral_3_small_flux2_fp8.safetensors",
+    ),
+    "ae.safetensors": ("vae", "Comfy-Org/Lumina_Image_2.0_Repackaged/resolve/main/split_files/vae/ae.safetensors"),
+    "flux2-vae.safetensors": ("vae", "Comfy-Org/flux2-dev/resolve/main/split_files/vae/flux2-vae.safetensors"),
+}
+
+
+def twins() -> dict[str, Workflow]:
+    """The example workflows in API format, by name."""
+    files = sorted((EXAMPLES / "api").glob("*.json"))
+    return {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in files}
+
+
+def save_stand_ins(server: HostServer) -> None:
+    """A file of each name that the examples load: tiny models and a LoRA, and for the rest a name alone."""
+    models = server.base / "models"
+    flux1 = checkpoints.flux1(2, 3)
+    made = {
+        "flux1-dev.safetensors": flux1,
+        "flux1-dev-kontext_fp8_scaled.safetensors": checkpoints.quantized(flux1, "float8_e4m3fn"),
+        "flux2_dev_fp8mixed.safetensors": checkpoints.quantized(checkpoints.flux2(2, 3), "float8_e4m3fn"),
+        "Hyper-FLUX.1-dev-8steps-lora.safetensors": checkpoints.lora(flux1),
+    }
+    for name, (folder, _) in MODELS.items():
+        checkpoints.save(models / folder / name, made.get(name, {"stand_in": torch.zeros(1)}))
+    for name, flux2 in (("taef1", False), ("taef2", True)):
+        for part, weights in zip(("encoder", "decoder"), checkpoints.autoencoder(flux2=flux2), strict=True):
+            checkpoints.save(models / "vae_approx" / f"{name}_{part}.safetensors", weights)
+    (server.base / "input").mkdir(exist_ok=True)
+    shutil.copy2(server.comfyui / "input" / "example.png", server.base / "input")
