@@ -68,6 +68,33 @@ class Canvas:
         """Show an API-format workflow; the ids that its nodes have on the canvas, by their names."""
         return self.page.evaluate(_LOAD, [workflow, places or {}, scale])
 
+    def add_by_search(self, name: str) -> None:
+        """Add a node by its display name, as a user does."""
+        before = self.page.evaluate("window.app.graph._nodes.length")
+        self.page.evaluate("window.app.extensionManager.command.execute('Workspace.SearchBox.Toggle')")
+        self.page.wait_for_selector("input:focus", timeout=20_000)
+        self.page.keyboard.type(name, delay=10)
+        # The search waits for a pause in typing.
+        self.page.wait_for_timeout(1500)
+        self.page.keyboard.press("Enter")
+        self.page.wait_for_function("before => window.app.graph._nodes.length > before", arg=before)
+        # A click places it in newer frontends.
+        self.page.mouse.click(800, 300)
+
+    def open_template(self, name: str) -> None:
+        """Open an example workflow from the host's template browser, once its thumbnail is shown there."""
+        self.page.evaluate("window.app.extensionManager.command.execute('Comfy.BrowseTemplates')")
+        # What is typed before it has its cards is lost.
+        self.page.get_by_text("Node graph").first.wait_for()
+        search = self.page.get_by_placeholder("Search ...")
+        search.fill(name)
+        thumbnail = "name => [...document.images].some((image) => image.alt === name && image.naturalWidth)"
+        self.page.wait_for_function(thumbnail, arg=name, timeout=60_000)
+        self.page.get_by_alt_text(name, exact=True).click()
+        search.wait_for(state="detached")
+        opened = "name => window.app.extensionManager.workflow.activeWorkflow?.filename === name"
+        self.page.wait_for_function(opened, arg=name)
+
     def queue(self) -> None:
         """Queue what is shown."""
         self.page.evaluate("window.app.queuePrompt(0)")
