@@ -21,20 +21,20 @@ from .workflows import Workflow
 
 # What the note of a workflow says beside the files.
 NOTES = {
-    "Flux text to image": "Flux.1 dev with its blocks compiled. The first image takes some seconds longer; after that "
-    "another size, prompt or LoRA compiles nothing again, and neither does the next start of ComfyUI.",
+    "Flux text to image": "Flux.1 dev with its blocks compiled. The first image takes some seconds longer. After that "
+    "another size, prompt or LoRA compiles nothing again. With PyTorch 2.11 or newer, the next start doesn't either.",
     "Flux with LoRA": "A LoRA goes before **Compile Repeated Blocks**. Take another one, change its strength or bypass "
     "it: nothing is compiled again. This one makes an image in 8 steps; with others set *steps* back to 20.",
     "Flux in 8 bits": "**Quantize Repeated Blocks** halves the memory of the model and multiplies in 8 bits. It wants "
     "the full-precision file with *weight_dtype* at *default*. Its *format* lists what your machine can run; "
-    "*int8_dynamic* needs an RTX 20 series or newer.",
+    "*int8_dynamic* needs an NVIDIA RTX 20 series or newer.",
     "Flux on 12 GB": "**Offload Repeated Blocks** keeps on the card what fits beside the image and streams the rest "
-    "from RAM while the card computes; the image stays the same. It needs 32 GB of RAM. For less, put Quantize "
-    "Repeated Blocks before it.",
+    "from RAM while the card computes. The image stays the same. RAM must hold the model, 24 GB. With Quantize "
+    "Repeated Blocks before it, twice as much of it fits on the card.",
     "Flux Kontext edit": "Load a picture and say what to change in it. The file is in fp8 already, so there is nothing "
     "to quantize. Pictures of other sizes compile nothing again.",
-    "Flux 2 text to image": "Flux.2 dev is 35 GB in 8 bits: what doesn't fit on the card is streamed from RAM while "
-    "the card computes. It needs 64 GB of RAM.",
+    "Flux 2 text to image": "Flux.2 dev is 35 GB in 8 bits. What doesn't fit on the card is streamed from RAM, which "
+    "must hold the model, while the card computes.",
     "Flux benchmark": "Measures a step of the model as it is and compiled, in turns, on made-up inputs. No text "
     "encoder and no VAE are needed. Put your own LoRAs and patches between the nodes.",
 }
@@ -114,8 +114,8 @@ _FRAME = """
 """
 THUMBNAIL = 512
 DESCRIPTION = (
-    "Makes a Flux MODEL smaller and faster, with a switch for each: 8-bit weights (full-precision models, NVIDIA RTX 20 "
-    "series or newer), streaming of what doesn't fit on the card, compiled blocks. Put it right before the sampler, "
+    "Makes a Flux MODEL smaller and faster, with a switch for each: 8-bit weights (full-precision models, NVIDIA RTX "
+    "20 series or newer), streaming of what doesn't fit on the card, compiled blocks. Put it right before the sampler, "
     "after LoRA loaders."
 )
 ALIASES = ["flux speed", "torch compile", "low vram", "quantize", "offload", "hotpath"]
@@ -198,8 +198,12 @@ def make_workflow(shown: Canvas, name: str, workflow: Workflow) -> None:
     dump(EXAMPLES / f"{name}.json", graph)
     shown.page.evaluate(_FRAME, [["Models", "HotPath", "Picture"], THUMBNAIL])
     shown.page.wait_for_timeout(1000)
-    clip = {"x": 0, "y": 0, "width": THUMBNAIL, "height": THUMBNAIL}
-    shown.page.screenshot(path=EXAMPLES / f"{name}.jpg", type="jpeg", quality=85, clip=clip)
+    shown.page.screenshot(
+        path=EXAMPLES / f"{name}.jpg",
+        type="jpeg",
+        quality=85,
+        clip={"x": 0, "y": 0, "width": THUMBNAIL, "height": THUMBNAIL},
+    )
 
 
 def make_blueprint(shown: Canvas) -> None:

@@ -56,8 +56,8 @@ class HotPathDevConditioning(io.ComfyNode):
 class RandomClip:
     """As much of the host's CLIP as its text nodes use; another text gives other random numbers."""
 
-    def __init__(self, *size: int) -> None:
-        self.size = size
+    def __init__(self, tokens: int, text_width: int, pooled_width: int) -> None:
+        self.size = (tokens, text_width, pooled_width)
 
     def tokenize(self, text: str) -> int:
         return crc32(text.encode())
