@@ -54,7 +54,10 @@ async ([workflow, name, note, columns, models]) => {
     await app.loadApiJson(workflow, name);
     const graph = app.graph;
     const [gap, margin, title] = [30, 20, 40];
-    const heights = { CLIPTextEncode: 180, LoadImage: 340, SaveImage: 360, HotPathBenchmarkModel: 620 };
+    const sizes = {
+        CLIPTextEncode: [400, 180], LoadImage: [300, 340], SaveImage: [300, 360], HotPathBenchmarkModel: [640, 620],
+    };
+    const sizeOf = (node) => sizes[node.type] ?? [Math.min(node.size[0], 400), node.computeSize()[1]];
     const left = new Set(graph._nodes);
     let x = 0, below = 0;
     for (const groups of columns) {
@@ -62,11 +65,11 @@ async ([workflow, name, note, columns, models]) => {
         for (const [name, color, types] of groups) {
             const nodes = [...left].filter((node) => new RegExp(types).test(node.type));
             if (!nodes.length) continue;
-            const width = Math.max(x ? 300 : 400, ...nodes.map((node) => node.size[0]));
+            const width = Math.max(x ? 300 : 400, ...nodes.map((node) => sizeOf(node)[0]));
             let y = top + title;
             for (const node of nodes) {
                 left.delete(node);
-                node.setSize([width, heights[node.type] ?? node.computeSize()[1]]);
+                node.setSize([width, sizeOf(node)[1]]);
                 node.pos = [x + margin, y + LiteGraph.NODE_TITLE_HEIGHT];
                 // Its panel grows once it runs.
                 const grows = node.type.startsWith("HotPath") ? 80 : 0;
