@@ -12,6 +12,7 @@ import json
 import logging
 import os
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
@@ -199,7 +200,7 @@ def _compilers(backend: str) -> dict[str, Callable[[Any], Any]]:
         "eager": lambda model: model,
         "whole model": lambda model: TorchCompileModel.execute(model, backend).args[0],
         "per block": lambda model: gpu_host.compiled_per_block(model, backend),
-        "ours": lambda model: gpu_host.compiled(model, backend=backend),
+        "ours": lambda model: gpu_host.compiled(model, cache="auto", backend=backend),
     }
 
 
@@ -257,6 +258,10 @@ def main(name: str, folder: Path, backend: str) -> None:
     os.dup2(2, 1)
     torch.set_num_threads(1)
     gpu_host.start(dynamic_vram=False, cpu=True)
+    import folder_paths
+
+    # Nothing was compiled before, as after installing.
+    folder_paths.set_user_directory(tempfile.mkdtemp())
     logging.getLogger().setLevel(logging.ERROR)
     from comfyui_version import __version__ as comfyui
 

@@ -78,13 +78,13 @@ def load(
     return model
 
 
-def compiled(model: Any, **settings: Any) -> Any:
+def compiled(model: Any, cache: str = "off", **settings: Any) -> Any:
     """``model`` as Compile Repeated Blocks with ``settings`` returns it; what can't be compiled is an error."""
     from hotpath_pack.host.compile import compile_repeated_blocks
     from hotpath_pack.host.progress import NodeText
     from hotpath_pack.hotpath.compiled import CompileSettings
 
-    return compile_repeated_blocks(model, CompileSettings(**settings), "all", "all", "error", NodeText(None))
+    return compile_repeated_blocks(model, CompileSettings(**settings), "all", "all", "error", NodeText(None), cache)
 
 
 def compiled_per_block(model: Any, backend: str = "inductor") -> Any:

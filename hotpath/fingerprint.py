@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from dataclasses import dataclass, field
 from functools import partial
-from operator import attrgetter
+from operator import attrgetter, is_
 from types import BuiltinFunctionType, CodeType, FunctionType, ModuleType
 from typing import Any
 
@@ -195,6 +195,39 @@ class Dependency:
         for step, name in self.path:
             text = f"type({text})" if step == "type" else f"{text}[{name!r}]" if step == "item" else f"{text}.{name}"
         return text
+
+
+class Dependencies:
+    """All that a graph depends on, asked before each call of a block: by identity in C once that has been enough."""
+
+    def __init__(self, each: Iterable[Dependency]) -> None:
+        self._each = tuple(each)
+        self._finds: list[Callable[[], Any]] = []
+        self._seen: list[Any] = []
+        self._others: list[Dependency] = []
+
+    def hold(self) -> bool:
+        """Whether each of them does."""
+        try:
+            same = bool(self._finds) and all(map(is_, [find() for find in self._finds], self._seen))
+        except (NotPortable, AttributeError):
+            same = False
+        if same and all(map(Dependency.holds, self._others)):
+            return True
+        if self.broken() is not None:
+            return False
+        self._finds, self._seen, self._others = [], [], []
+        for dependency in self._each:
+            if dependency._find is None or dependency._seen is _NOTHING:
+                self._others.append(dependency)
+            else:
+                self._finds.append(dependency._find)
+                self._seen.append(dependency._seen)
+        return True
+
+    def broken(self) -> Dependency | None:
+        """One that doesn't hold; None where all do."""
+        return next((dependency for dependency in self._each if not dependency.holds()), None)
 
 
 def global_dependency(guarded: str, aliases: Mapping[str, str], module: str) -> Dependency:

@@ -27,6 +27,7 @@ from torch import Tensor
 from torch._dynamo.exc import TorchDynamoException
 
 from .fingerprint import (
+    Dependencies,
     Dependency,
     global_dependency,
     ships_with_python_or_torch,
@@ -62,21 +63,19 @@ class Graph:
     sizes: tuple[tuple[int, ...], ...]
     data: bytes
     _function: Any
-    _dependencies: tuple[Dependency, ...]
+    _dependencies: Dependencies
     _closure: Mapping[str, Any]
 
     def accepts(self, weights: dict[str, Tensor], inputs: dict[str, Any]) -> bool:
         """Whether all that the graph was traced with is so in this call."""
         guards = self._function._artifacts.guard_manager
-        return all(map(Dependency.holds, self._dependencies)) and guards.check(
-            {**self._closure, "weights": weights, "inputs": inputs}
-        )
+        return self._dependencies.hold() and guards.check({**self._closure, "weights": weights, "inputs": inputs})
 
     def why_not(self, weights: dict[str, Tensor], inputs: dict[str, Any]) -> str:
         """Dynamo's words for what differs, for a call that the graph does not accept."""
-        for dependency in self._dependencies:
-            if not dependency.holds():
-                return f"{dependency} was replaced"
+        broken = self._dependencies.broken()
+        if broken is not None:
+            return f"{broken} was replaced"
         guards = self._function._artifacts.guard_manager
         found = guards.check_verbose({**self._closure, "weights": weights, "inputs": inputs})
         return next(iter(found.verbose_code_parts), "unknown")
@@ -135,7 +134,7 @@ def compile_graph(
     except Exception as error:
         # PyTorch's own code for this is young and raises what it likes.
         raise NotAhead(_first_line(error)) from error
-    return Graph(sizes, data, made, dependencies, closure)
+    return Graph(sizes, data, made, Dependencies(dependencies), closure)
 
 
 def load_graph(data: bytes, function: FunctionType, closure: Mapping[str, Any], scratch: Path) -> Graph:
@@ -154,10 +153,10 @@ def load_graph(data: bytes, function: FunctionType, closure: Mapping[str, Any], 
 
     try:
         held = AOTCompileUnpickler(dict(closure), io.BytesIO(data)).load()
-        dependencies = tuple(Dependency(*told) for told in held["dependencies"])
-        for dependency in dependencies:
-            if not dependency.holds():
-                raise NotAhead(f"{dependency} is not what it was")
+        dependencies = Dependencies(Dependency(*told) for told in held["dependencies"])
+        broken = dependencies.broken()
+        if broken is not None:
+            raise NotAhead(f"{broken} is not what it was")
         state, env = held["artifacts"], held["artifacts"]["runtime_env"]
         state["runtime_env"] = dataclasses.replace(env, bytecode=SerializedCode.to_code_object(env.bytecode))
         state["original_code"] = SerializedCode.to_code_object(state["original_code"])

@@ -123,10 +123,13 @@ class BlockPlan:
             module = modules[parent]._modules.get(name) if modules else block
             if module is None or module is not known() or type(module) is not kind:
                 raise NotHoistable(f"{path or 'the block'} was replaced")
-            refuse_bolted_on(path, module)
+            # Asked before each call of a block, so that what is as ever takes no call.
+            forward = module.__dict__.get("forward")
+            if forward is not None or module._forward_hooks or module._forward_pre_hooks:
+                refuse_bolted_on(path, module)
             if len(module._modules) != children:
                 raise NotHoistable(f"{path or 'the block'} has other submodules")
-            if self._state(module) != state or _is_given(module) != given:
+            if self._state(module) != state or isinstance(forward, Given) != given:
                 raise NotHoistable(f"{path or 'the block'} computes in another way now")
             modules.append(module)
         return [(self._places[index].path, modules[index], self._places[index].state) for index in self._layers]

@@ -15,7 +15,7 @@ from hotpath_pack.hotpath import graphs
 from hotpath_pack.hotpath.artifacts import Kept, Store, environment
 from hotpath_pack.hotpath.compiled import CompileSettings, Region, RegionFailed
 from hotpath_pack.hotpath.counters import graphs_so_far
-from hotpath_pack.hotpath.fingerprint import Dependency, describe
+from hotpath_pack.hotpath.fingerprint import Dependencies, Dependency, describe
 from torch import autocast, nn
 from torch.nn import Linear
 
@@ -197,27 +197,42 @@ def test_a_switch_or_function_that_the_graph_was_traced_with(folder, change):
 FOUND = None
 
 
+@pytest.fixture(params=["alone", "with others"])
+def asked(request):
+    """A function that tells whether FOUND is still what it was traced as."""
+
+    def ask(traced):
+        found = Dependency(__name__, (("attribute", "FOUND"),), describe(traced))
+        if request.param == "alone":
+            return found.holds
+        others = [Dependency(__name__, (("attribute", name),), describe(globals()[name])) for name in ("DIMS", "twice")]
+        return Dependencies([others[0], found, others[1]]).hold
+
+    return ask
+
+
 @pytest.mark.parametrize("traced", [2.0, {}, []])
-def test_what_became_none_is_not_what_it_was(traced, monkeypatch):
+def test_what_became_none_is_not_what_it_was(traced, asked, monkeypatch):
     monkeypatch.setattr(sys.modules[__name__], "FOUND", None)
-    module, path = __name__, (("attribute", "FOUND"),)
-    assert not Dependency(module, path, describe(traced)).holds()
-    asked = Dependency(module, path, describe(traced))
-    for value, holds in ((traced, True), (None, False), (traced, True)):
+    assert not asked(traced)()
+    holding = asked(traced)
+    for value, holds in ((traced, True), (traced, True), (None, False), (None, False), (traced, True)):
         monkeypatch.setattr(sys.modules[__name__], "FOUND", value)
-        assert asked.holds() is holds
+        assert holding() is holds
+    monkeypatch.delattr(sys.modules[__name__], "FOUND")
+    assert not holding()
 
 
 @pytest.mark.parametrize(("empty", "fill", "item"), [(dict, "update", {"a": 1}), (list, "append", 1)])
-def test_what_was_empty_and_was_filled_in_place_is_not_what_it_was(empty, fill, item, monkeypatch):
+def test_what_was_empty_and_was_filled_in_place_is_not_what_it_was(empty, fill, item, asked, monkeypatch):
     found = empty()
     monkeypatch.setattr(sys.modules[__name__], "FOUND", found)
-    asked = Dependency(__name__, (("attribute", "FOUND"),), describe(found))
-    assert asked.holds() and asked.holds()
+    holding = asked(found)
+    assert holding() and holding()
     getattr(found, fill)(item)
-    assert not asked.holds()
+    assert not holding()
     found.clear()
-    assert asked.holds()
+    assert holding()
 
 
 def test_code_replaced_before_loading_is_named(folder):
