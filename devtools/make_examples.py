@@ -27,7 +27,7 @@ NOTES = {
     "it: nothing is compiled again. This one makes an image in 8 steps; with others set *steps* back to 20.",
     "Flux in 8 bits": "**Quantize Repeated Blocks** halves the memory of the model and multiplies in 8 bits. It wants "
     "the full-precision file with *weight_dtype* at *default*. Its *format* lists what your machine can run; "
-    "*int8_dynamic* needs an NVIDIA RTX 20 series or newer.",
+    "*auto* is the first of them.",
     "Flux on 12 GB": "**Offload Repeated Blocks** keeps on the card what fits beside the image and streams the rest "
     "from RAM while the card computes. The image stays the same. RAM must hold the model, 24 GB. With Quantize "
     "Repeated Blocks before it, twice as much of it fits on the card.",
@@ -117,9 +117,8 @@ _FRAME = """
 """
 THUMBNAIL = 512
 DESCRIPTION = (
-    "Makes a Flux MODEL smaller and faster, with a switch for each: 8-bit weights (full-precision models, NVIDIA RTX "
-    "20 series or newer), streaming of what doesn't fit on the card, compiled blocks. Put it right before the sampler, "
-    "after LoRA loaders."
+    "Makes a Flux MODEL smaller and faster, with a switch for each: 8-bit weights (full-precision models), streaming of "
+    "what doesn't fit on the card, compiled blocks. Put it right before the sampler, after LoRA loaders."
 )
 ALIASES = ["flux speed", "torch compile", "low vram", "quantize", "offload", "hotpath"]
 # The switches of the blueprint: name, position at first, and the node, in their order on the MODEL line.

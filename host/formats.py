@@ -196,6 +196,7 @@ _INT8 = ("int8_tensorwise", "TensorWiseINT8Layout", (("per_channel", True),))
 _FP8 = ("float8_e4m3fn", "TensorCoreFP8E4M3Layout", (("scale", "recalculate"),))
 
 # In the order in which the node offers them; the first that runs is its default.
+AUTO = "auto"
 FORMATS: Mapping[str, Format] = {
     format.name: format
     for format in (
@@ -216,17 +217,23 @@ VECTOR_FORMAT = (
 
 
 def runnable_formats(device: torch.device) -> list[str]:
-    """Names of the formats that ``device`` can compute in."""
-    return [name for name, format in FORMATS.items() if format.missing(device) is None]
+    """Names of the formats that ``device`` can compute in, the one to choose first."""
+    hopper = device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
+    runnable = [name for name, format in FORMATS.items() if format.missing(device) is None]
+    # Measured on an H200: a step takes 107 ms in fp8, 146 ms in int8 and 134 ms in bf16.
+    return sorted(runnable, key=lambda name: hopper and not name.startswith("fp8"))
 
 
 def require_format(name: str, device: torch.device) -> Format:
-    """The format called ``name``.
+    """The format called ``name``; ``auto`` is the first of those that ``device`` can run.
 
     Raises:
         ValueError: there is none, or ``device`` can't compute in it.
     """
-    runnable = ", ".join(runnable_formats(device))
+    formats = runnable_formats(device)
+    if name == AUTO and formats:
+        return FORMATS[formats[0]]
+    runnable = ", ".join(formats)
     if not isinstance(name, str) or name not in FORMATS:
         raise ValueError(f"format: {str(name)[:_QUOTED]!r} is unknown. Choose one of {runnable}.")
     missing = FORMATS[name].missing(device)
@@ -237,10 +244,7 @@ def require_format(name: str, device: torch.device) -> Format:
 
 def node_formats() -> list[str]:
     """What a node on this machine offers, the one to begin with first."""
-    device = comfy.model_management.get_torch_device()
-    hopper = device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
-    # Measured on an H200: a step takes 107 ms in fp8, 146 ms in int8 and 134 ms in bf16.
-    return sorted(runnable_formats(device), key=lambda name: hopper and not name.startswith("fp8"))
+    return [AUTO, *runnable_formats(comfy.model_management.get_torch_device())]
 
 
 def require_format_here(name: str) -> Format:

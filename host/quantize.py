@@ -74,7 +74,7 @@ def quantize_repeated_blocks(model: ModelPatcher, format: str, skip: str, text: 
     inputs is immediate; another format or ``skip`` replaces them.
 
     Args:
-        format: a name of ``FORMATS``.
+        format: a name of ``FORMATS``, or ``auto`` for the first of those that this machine can run.
         skip: comma-separated names or patterns of layers to leave alone, such as ``img_mlp.2, single_blocks.0.*``.
 
     Raises:

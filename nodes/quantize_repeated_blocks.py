@@ -34,9 +34,9 @@ class QuantizeRepeatedBlocks(io.ComfyNode):
                     "format",
                     options=formats,
                     default=formats[0],
-                    tooltip="Those that this machine can run. int8_dynamic: the most accurate in 8 bits; "
-                    "fp8_e4m3_rowwise: fastest on H100 and the like; fp8_e4m3: the host's own; int8_weight_only: saves "
-                    "memory alone; nvfp4: 4 bits, RTX 50 series; mxfp8: RTX 50 series.",
+                    tooltip="Those that this machine can run; auto: the first of them. int8_dynamic: the most accurate "
+                    "in 8 bits; fp8_e4m3_rowwise: fastest on H100 and the like; fp8_e4m3: the host's own; "
+                    "int8_weight_only: saves memory alone; nvfp4: 4 bits, RTX 50 series; mxfp8: RTX 50 series.",
                 ),
                 io.String.Input(
                     "skip",

@@ -16,7 +16,7 @@ from test_counts import in_low_vram
 
 # PyTorch's fp8 product on the CPU is a plain loop.
 SMALL = dict(width=32, height=32, tokens=4, steps=1)
-RUNNABLE = node_formats()
+RUNNABLE = node_formats()[1:]
 # dB of one step against full precision that these lively weights reach; those of a whole Flux are below.
 SNR = {"int8_dynamic": 38, "int8_weight_only": 44, "fp8_e4m3_rowwise": 26, "fp8_e4m3": 26}
 
@@ -273,7 +273,8 @@ def test_a_second_copy_of_the_model_is_quantized_too(flux_weights, tmp_path):
 
 
 def test_the_node_offers_what_runs_here_and_validates_the_rest():
-    assert node_formats() == RUNNABLE and "nvfp4" not in RUNNABLE
+    assert node_formats() == ["auto", *RUNNABLE] and "nvfp4" not in RUNNABLE
+    assert require_format_here("auto") is FORMATS[RUNNABLE[0]]
     with pytest.raises(ValueError, match="compute capability 10.0"):
         require_format_here("mxfp8")
 
