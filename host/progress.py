@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import comfy.model_management
 import torch
 from server import PromptServer
 
@@ -18,8 +20,13 @@ _STATUSES: OrderedDict[tuple[str | None, str], dict[str, Any]] = OrderedDict()
 
 
 def statuses(workflow: str | None) -> dict[str, dict[str, Any]]:
-    """The last status of each node of a workflow, by node id."""
-    return {node: status for (of, node), status in list(_STATUSES.items()) if of == workflow}
+    """The last status of each node of a workflow and how many seconds ago it was told, by node id."""
+    now = time.time()
+    return {
+        node: {**status, "age": now - status["time"]}
+        for (of, node), status in list(_STATUSES.items())
+        if of == workflow
+    }
 
 
 @dataclass(frozen=True)
@@ -46,6 +53,7 @@ class NodeText:
         status = {
             "node": self.node_id,
             "workflow": workflow,
+            "time": time.time(),
             "state": state,
             "text": text,
             "reasons": [{"reason": reason, "advice": advice} for reason, advice in reasons],
@@ -58,6 +66,18 @@ class NodeText:
             _STATUSES.popitem(last=False)
         if server.client_id is not None:
             server.send_sync(EVENT, status, server.client_id)
+
+    @contextmanager
+    def guarded(self) -> Iterator[None]:
+        """Tell what ends the code within early, so that the node does not look as if it went on."""
+        try:
+            yield
+        # The host's interrupt is no Exception.
+        except BaseException as error:
+            interrupted = isinstance(error, comfy.model_management.InterruptProcessingException)
+            why = "interrupted" if interrupted else str(error) or type(error).__name__
+            self.show(f"stopped: {why}", "stopped")
+            raise
 
 
 @dataclass(frozen=True)
