@@ -67,6 +67,7 @@ class Canvas:
 
     page: Page
     server: HostServer
+    vue: bool = False
     errors: list[str] = field(default_factory=list)
 
     def note(self, message: ConsoleMessage) -> None:
@@ -108,10 +109,10 @@ class Canvas:
         self.page.get_by_role("option", name=name).first.wait_for()
         self.page.keyboard.press("Enter")
         self.page.wait_for_function("before => window.app.graph._nodes.length > before", arg=before)
-        # It hangs at the mouse until a click.
-        self.page.mouse.move(*at, steps=2)
-        self.page.mouse.click(*at)
-        self.page.wait_for_function("!window.app.graph._nodes.at(-1).flags.ghost")
+        # It hangs at the mouse until a click, the first of which may meet the search box on its way out.
+        while self.page.evaluate("window.app.graph._nodes.at(-1).flags.ghost"):
+            self.page.mouse.click(*at)
+            self.page.wait_for_timeout(50)
         return int(self.page.evaluate("window.app.graph._nodes.at(-1).id"))
 
     def place(self, node: int, slot: int | None = None, output: bool = False) -> tuple[float, float]:
@@ -170,7 +171,7 @@ class Canvas:
 
     def queue(self) -> None:
         """Queue what is shown."""
-        self.page.get_by_role("button", name="Run", exact=True).click()
+        self.page.get_by_test_id("queue-button").click()
 
     def wait_for_queue(self, timeout: float = 300) -> None:
         """Wait until the host has nothing left to do."""
@@ -224,7 +225,7 @@ def canvas(
     )
     context = browser.new_context(viewport={"width": width, "height": height})
     try:
-        shown = Canvas(context.new_page(), server)
+        shown = Canvas(context.new_page(), server, vue)
         shown.page.set_default_timeout(30_000)
         shown.page.on("pageerror", lambda error: shown.errors.append(str(error)))
         shown.page.on("console", shown.note)

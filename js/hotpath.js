@@ -165,12 +165,12 @@ function addPanel(node) {
 
 function toast(status) {
   if (status.state !== "eager" || !app.extensionManager.setting.get(TOASTS)) return;
-  for (const { reason } of status.reasons) {
-    const key = `${status.workflow} ${status.node} ${reason}`;
-    if (told.has(key)) continue;
-    told.add(key);
-    app.extensionManager.toast.add({ severity: "warn", summary: "HotPath: runs eager", detail: reason, life: 10000 });
-  }
+  const key = ({ reason }) => `${status.workflow} ${status.node} ${reason}`;
+  const unknown = status.reasons.filter((each) => !told.has(key(each)));
+  if (!unknown.length) return;
+  for (const each of unknown) told.add(key(each));
+  const detail = unknown.map(({ reason }) => reason).join("\n");
+  app.extensionManager.toast.add({ severity: "warn", summary: "HotPath: runs eager", detail, life: 10000 });
 }
 
 /** Show what the host last told of this workflow's nodes: to a page that was not there, or not connected, then. */

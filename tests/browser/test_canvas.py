@@ -3,27 +3,31 @@
 import itertools
 import re
 
-import pytest
 from hotpath_pack.devtools.workflows import sampling
 
 # Another seed for each prompt, or the host would take the sampler's result from its cache.
 SEEDS = itertools.count(1)
+COMPILE = "Compile this model's blocks"
+EXPLAIN = "Explain this report"
 
 
 def workflow(live, **options):
-    return sampling(
-        live.checkpoint, live.flux, **{"width": 128, "height": 128, "steps": 2, "seed": next(SEEDS), **options}
-    )
+    return sampling(live.checkpoint, live.flux, width=128, height=128, steps=2, seed=next(SEEDS), **options)
 
 
-def compiled(live, backend="aot_eager", on_failure="eager", **options):
-    return workflow(live, compiled={"backend": backend, "on_failure": on_failure, "cache": "off"}, **options)
+def compiled(live, page, patches=(), report=False, **settings):
+    settings = {"backend": "aot_eager", "on_failure": "eager", "cache": "off", **fresh(page), **settings}
+    return workflow(live, compiled=settings, patches=patches, report=report)
 
 
-def run(page, **values):
-    """Queue once more with another seed and the ``values`` of nodes by id, and wait."""
+def fresh(page):
+    """A setting that gives each mode regions of its own, so that both see them compiled."""
+    return {"fullgraph": not page.vue}
+
+
+def queue(page, sampler):
+    page.set(sampler, seed=next(SEEDS))
     page.queue()
-    page.wait_for_queue()
 
 
 def test_from_the_search_box_to_compiled_and_over_a_reload(page, live):
@@ -33,29 +37,137 @@ def test_from_the_search_box_to_compiled_and_over_a_reload(page, live):
     page.connect(ids["model"], 0, node, 0)
     page.connect(node, 0, ids["sampler"], 0)
     assert (page.origin(node), page.origin(ids["sampler"])) == (ids["model"], node)
-    page.set(node, backend="hotpath_dev_slow", cache="off")
+    page.set(node, backend="hotpath_dev_slow", cache="off", **fresh(page))
     page.watch(node)
     page.queue()
-    text = page.reads("compiled")
     page.wait_for_queue()
     text = page.reads("compiled")
-    assert re.search(r"2 double, 3 single", text) and re.search(r"Graphs\s+2", text), text
-    assert re.search(r"Last step\s+\d", text) and "Gain" not in text, "no eager step was measured"
+    assert re.search(r"Blocks\s+2 double, 3 single", text) and re.search(r"Graphs\s+2", text), text
+    assert re.search(r"Compiling took\s+\d+\.\d s", text) and re.search(r"Last step\s+\d+ ms", text), text
+    assert "Gain" not in text, "no eager step was measured"
     compiling = [shown for state, shown in page.seen() if state == "compiling"]
-    assert any(re.search(r"1 s\s+Region\s+double block \(1 of 2\)", shown) for shown in compiling), compiling
+    assert any(re.search(r"\s1 s\s+Region\s+double block \(1 of 2\)", shown) for shown in compiling), compiling
     assert any("single block (2 of 2)" in shown for shown in compiling)
+    assert "hotpath_status" not in str(page.page.evaluate("window.app.graphToPrompt()")["output"])
 
-    # Two at once: the second starts while the first one's numbers are shown.
-    page.set(ids["sampler"], seed=next(SEEDS))
-    page.queue()
-    page.set(ids["sampler"], seed=next(SEEDS))
+    # Two at once; the second is the host's when the first one's numbers are shown.
+    queue(page, ids["sampler"])
+    queue(page, ids["sampler"])
+    page.wait_for_queue()
+    text = page.reads("compiled")
+    assert re.search(r"Graphs\s+2", text) and re.search(r"Last step\s+\d+ ms", text)
+
+    page.open()
+    assert page.reads("compiled") == text
+
+
+def test_what_compiled_again_and_what_avoids_it(page, live):
+    ids = page.load(compiled(live, page))
     page.queue()
     page.wait_for_queue()
-    assert re.search(r"Graphs\s+2", page.reads("compiled"))
-    text = page.reads("compiled")
-    prompt = page.page.evaluate("window.app.graphToPrompt()")
-    assert "hotpath_status" not in str(prompt["output"])
+    page.reads("compiled")
+    page.set(ids["empty"], batch_size=2)
+    page.queue()
+    page.wait_for_queue()
+    text = page.reads("recompiled")
+    assert text.startswith("●\nCompiled again")
+    assert "batch size changed from 1 to 2. Avoid it: dynamic: 'always' compiles for any batch size at once." in text
+    # The next run compiles nothing.
+    queue(page, ids["sampler"])
+    page.wait_for_queue()
+    assert "batch size" not in page.reads("compiled")
 
-    page.page.wait_for_timeout(1000)
+
+def test_eager_with_the_reason_and_a_toast_unless_toasts_are_off(page, live):
+    toast = page.page.get_by_role("alert").filter(has_text="HotPath: runs eager")
+    why = "img_attn.proj (Linear) has a forward hook"
+    ids = page.load(compiled(live, page, patches=[("forward_hook", 1.5)]))
+    page.queue()
+    toast.wait_for()
+    assert why in toast.inner_text()
+    page.wait_for_queue()
+    text = page.reads("eager")
+    assert text.startswith("▲\nPartly eager") and f"double block 0 eager: {why}" in text
+    queue(page, ids["sampler"])
+    page.wait_for_queue()
+    assert toast.count() <= 1, "the same is told once"
+
+    page.page.evaluate("window.app.extensionManager.setting.set('HotPath.Toasts', false)")
     page.open()
+    page.load(compiled(live, page, patches=[("forward_hook", 1.5)]))
+    page.queue()
+    page.wait_for_queue()
+    page.reads("eager")
+    assert toast.count() == 0
+
+
+def test_an_interrupt_while_it_compiles(page, live):
+    page.load(compiled(live, page, backend="hotpath_dev_slow", dynamic="always"))
+    page.queue()
+    page.reads("compiling")
+    live.server.interrupt()
+    assert page.reads("stopped").split() == ["■", "Stopped", "stopped:", "interrupted"]
+
+
+def test_the_menu_of_a_node_puts_compile_behind_its_model(page, live):
+    ids = page.load(workflow(live))
+    assert COMPILE in page.menu(page.place(ids["model"]))
+    page.choose(COMPILE)
+    node = page.origin(ids["sampler"])
+    assert node not in ids.values() and page.origin(node) == ids["model"]
+    page.reads("idle")
+    entries = page.menu(page.place(node))
+    assert EXPLAIN in entries and COMPILE not in entries
+    page.page.mouse.click(900, 800)
+    page.page.keyboard.press("Control+z")
+    page.page.wait_for_function("id => !window.app.graph.getNodeById(id)", arg=node)
+    assert page.origin(ids["sampler"]) == ids["model"]
+
+
+def test_the_report_is_explained(page, live):
+    dialog = page.page.locator(".hotpath-report")
+    ids = page.load(compiled(live, page, report=True))
+    page.menu(page.place(ids["compile"]))
+    page.choose(EXPLAIN)
+    dialog.get_by_text("It has done nothing yet. Queue a prompt.").wait_for()
+    dialog.get_by_role("button", name="Close").click()
+    dialog.wait_for(state="detached")
+    page.queue()
+    page.wait_for_queue()
+    for name in ("compile", "report"):
+        page.menu(page.place(ids[name]))
+        page.choose(EXPLAIN)
+        text = dialog.inner_text()
+        assert "2 double and 3 single blocks run as 2 regions" in text and "What that means" in text
+        assert re.search(r"graph\nOne piece of compiled code", text) and "Without compiled code" not in text
+        page.page.keyboard.press("Escape")
+        dialog.wait_for(state="detached")
+
+
+def test_inside_a_subgraph_copied_and_in_another_tab(page, live):
+    ids = page.load(compiled(live, page))
+    page.page.evaluate(
+        """id => {
+            const { canvas, graph } = window.app;
+            graph.convertToSubgraph(new Set([graph.getNodeById(id)]));
+            const outer = graph._nodes.find(node => node.subgraph);
+            canvas.openSubgraph(outer.subgraph, outer);
+        }""",
+        ids["compile"],
+    )
+    page.reads("idle")
+    page.queue()
+    page.wait_for_queue()
+    text = page.reads("compiled")
+    page.page.evaluate(
+        """() => {
+            const { canvas, graph } = window.app;
+            const inside = canvas.graph;
+            const [node] = inside._nodes;
+            canvas.selectItems([node]);
+            canvas.copyToClipboard();
+            canvas.pasteFromClipboard();
+        }"""
+    )
+    page.reads("idle")
     assert page.reads("compiled") == text
