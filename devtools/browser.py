@@ -33,13 +33,15 @@ async ([workflow, places, scale]) => {
     app.canvas.ds.scale = scale;
     app.canvas.ds.offset = [20, 40];
     app.canvas.setDirty(true, true);
+    // A click finds what was drawn.
+    for (let frame = 0; frame < 3; frame++) await new Promise(requestAnimationFrame);
 }
 """
 # Of the title without a slot; else of a slot.
 _PLACE = """
 ([id, output, slot]) => {
-    const { canvas, graph } = window.app;
-    const node = graph.getNodeById(id);
+    const { canvas } = window.app;
+    const node = canvas.graph.getNodeById(id);
     const at = slot === null ? [node.pos[0] + 120, node.pos[1] - 15] : node.getConnectionPos(!output, slot);
     const [x, y] = canvas.ds.convertOffsetToCanvas(at);
     const { left, top } = canvas.canvas.getBoundingClientRect();

@@ -117,7 +117,7 @@ def _name(model: ModelPatcher) -> str:
         parts.append("compiled as a whole")
     else:
         parts.append("eager" if compiled_blocks(model) is None else "compiled")
-    return ", ".join(parts)
+    return " + ".join(parts)
 
 
 def _compiled_as_a_whole(model: ModelPatcher) -> bool:
@@ -182,7 +182,7 @@ def describe(sides: Sequence[Side], batch: int, steps: int, where: str) -> str:
         if side.compiling:
             parts.append(f"{_time(side.compiling)} of compiling")
         if side.peak:
-            parts.append(f"peak memory {side.peak / _GIB:.2f} GiB")
+            parts.append(f"peak memory {_size(side.peak)}")
         if side.streamed:
             parts.append(f"{_size(side.streamed)} streamed a step")
         lines.append(f"{side.name}: {', '.join(parts)}")
@@ -235,17 +235,21 @@ def _draw_steps(axes: Any, sides: Sequence[Side]) -> None:
         axes.bar(place, side.step * factor, width=0.55, color=colour, alpha=0.85)
         spread = [[place + (index % 7 - 3) * 0.03 for index in range(len(side.steps))], side.steps]
         axes.scatter(spread[0], [value * factor for value in spread[1]], s=9, color="#222222", alpha=0.6, zorder=3)
-        told = [_time(side.step)]
-        told += [f"peak {side.peak / _GIB:.1f} GiB"] if side.peak else []
-        told += [f"{_size(side.streamed)} streamed"] if side.streamed else []
-        highest = max(side.steps) * factor
-        axes.annotate("\n".join(told), (place, highest), (0, 6), textcoords="offset points", ha="center")
-    axes.set_xticks(range(len(sides)), [side.name for side in sides])
+    axes.set_xticks(range(len(sides)), ["\n".join(_below(side)) for side in sides])
     axes.set_xlim(-0.7, len(sides) - 0.3)
-    axes.margins(y=0.2)
+    axes.margins(y=0.1)
     axes.set_ylabel(f"Time of a step ({unit})")
     axes.set_title("A step: median, and each step as a dot", fontsize=10)
     _plain(axes)
+
+
+def _below(side: Side) -> list[str]:
+    lines = [side.name, f"median {_time(side.step)}"]
+    if side.peak:
+        lines.append(f"peak memory {_size(side.peak)}")
+    if side.streamed:
+        lines.append(f"{_size(side.streamed)} streamed a step")
+    return lines
 
 
 def _draw_totals(axes: Any, sides: Sequence[Side], batch: int) -> None:
@@ -266,8 +270,8 @@ def _draw_totals(axes: Any, sides: Sequence[Side], batch: int) -> None:
     axes.set_ylim(bottom=0)
     axes.set_xlabel("Images")
     axes.set_ylabel("Time in all (s)")
-    axes.set_title("Total time, with what the first step costs once", fontsize=10)
-    axes.legend(frameon=False, fontsize=9, loc="upper left")
+    axes.set_title("Total time, compiling included", fontsize=10)
+    axes.legend(framealpha=1, edgecolor="none", fontsize=9, loc="upper left")
     _plain(axes)
 
 

@@ -213,6 +213,11 @@ async function explain(node) {
   dialog.className = "hotpath-report";
   dialog.setAttribute("aria-label", `Report of ${node.title}`);
   dialog.onclose = () => dialog.remove();
+  // The canvas would take keys for its own, Escape too.
+  dialog.onkeydown = (event) => {
+    event.stopPropagation();
+    if (event.key === "Escape") dialog.close();
+  };
   document.body.append(dialog);
   dialog.showModal();
 }

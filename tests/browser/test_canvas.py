@@ -3,12 +3,49 @@
 import itertools
 import re
 
+import pytest
 from hotpath_pack.devtools.workflows import sampling
 
 # Another seed for each prompt, or the host would take the sampler's result from its cache.
 SEEDS = itertools.count(1)
 COMPILE = "Compile this model's blocks"
 EXPLAIN = "Explain this report"
+
+INTO_SUBGRAPH = """
+id => {
+    const { canvas, graph } = window.app;
+    graph.convertToSubgraph(new Set([graph.getNodeById(id)]));
+    const outer = graph._nodes.find(node => node.subgraph);
+    canvas.openSubgraph(outer.subgraph, outer);
+}
+"""
+ENTER = """
+async () => {
+    const { canvas } = window.app;
+    const outer = () => window.app.rootGraph._nodes.find(node => node.subgraph);
+    while (!outer()) await new Promise(requestAnimationFrame);
+    canvas.openSubgraph(outer().subgraph, outer());
+}
+"""
+COPY = """
+() => {
+    const { canvas } = window.app;
+    canvas.selectItems([canvas.graph._nodes[0]]);
+    canvas.copyToClipboard();
+    canvas.pasteFromClipboard();
+}
+"""
+CONTRAST = """
+panel => {
+    const numbers = colour => colour.match(/[\\d.]+/g).map(Number);
+    const light = ([r, g, b]) => [r, g, b].map(value => value / 255)
+        .map(value => value <= 0.04045 ? value / 12.92 : ((value + 0.055) / 1.055) ** 2.4)
+        .reduce((sum, value, index) => sum + value * [0.2126, 0.7152, 0.0722][index], 0);
+    const text = light(numbers(getComputedStyle(panel).color));
+    const behind = light(numbers(getComputedStyle(panel.firstChild).backgroundColor));
+    return [(Math.max(text, behind) + 0.05) / (Math.min(text, behind) + 0.05), behind];
+}
+"""
 
 
 def workflow(live, **options):
@@ -116,9 +153,6 @@ def test_the_menu_of_a_node_puts_compile_behind_its_model(page, live):
     node = page.origin(ids["sampler"])
     assert node not in ids.values() and page.origin(node) == ids["model"]
     page.reads("idle")
-    entries = page.menu(page.place(node))
-    assert EXPLAIN in entries and COMPILE not in entries
-    page.page.mouse.click(900, 800)
     page.page.keyboard.press("Control+z")
     page.page.wait_for_function("id => !window.app.graph.getNodeById(id)", arg=node)
     assert page.origin(ids["sampler"]) == ids["model"]
@@ -127,7 +161,7 @@ def test_the_menu_of_a_node_puts_compile_behind_its_model(page, live):
 def test_the_report_is_explained(page, live):
     dialog = page.page.locator(".hotpath-report")
     ids = page.load(compiled(live, page, report=True))
-    page.menu(page.place(ids["compile"]))
+    assert COMPILE not in page.menu(page.place(ids["compile"])), "it is compiled already"
     page.choose(EXPLAIN)
     dialog.get_by_text("It has done nothing yet. Queue a prompt.").wait_for()
     dialog.get_by_role("button", name="Close").click()
@@ -144,30 +178,56 @@ def test_the_report_is_explained(page, live):
         dialog.wait_for(state="detached")
 
 
+def test_the_menu_of_an_output_in_the_classic_canvas(page, live):
+    if page.vue:
+        pytest.skip("Nodes 2.0 has no menu of its own for an output")
+    ids = page.load(workflow(live))
+    assert page.menu(page.place(ids["model"], 0, output=True))[-1] == COMPILE
+    page.choose(COMPILE)
+    assert page.origin(page.origin(ids["sampler"])) == ids["model"]
+    assert COMPILE not in page.menu(page.place(ids["empty"], 0, output=True))
+
+
 def test_inside_a_subgraph_copied_and_in_another_tab(page, live):
     ids = page.load(compiled(live, page))
-    page.page.evaluate(
-        """id => {
-            const { canvas, graph } = window.app;
-            graph.convertToSubgraph(new Set([graph.getNodeById(id)]));
-            const outer = graph._nodes.find(node => node.subgraph);
-            canvas.openSubgraph(outer.subgraph, outer);
-        }""",
-        ids["compile"],
-    )
+    page.page.evaluate(INTO_SUBGRAPH, ids["compile"])
     page.reads("idle")
     page.queue()
     page.wait_for_queue()
     text = page.reads("compiled")
-    page.page.evaluate(
-        """() => {
-            const { canvas, graph } = window.app;
-            const inside = canvas.graph;
-            const [node] = inside._nodes;
-            canvas.selectItems([node]);
-            canvas.copyToClipboard();
-            canvas.pasteFromClipboard();
-        }"""
-    )
+    page.page.evaluate(COPY)
     page.reads("idle")
     assert page.reads("compiled") == text
+    shown = page.page.evaluate("window.app.rootGraph.id")
+    for there in ("!==", "==="):
+        page.page.evaluate("window.app.extensionManager.command.execute('Workspace.NextOpenedWorkflow')")
+        page.page.wait_for_function(f"id => window.app.rootGraph.id {there} id", arg=shown)
+    page.page.evaluate(ENTER)
+    assert page.reads("compiled") == text
+
+
+def test_the_command_in_a_subgraph_whose_output_is_the_model(page, live):
+    ids = page.load(workflow(live))
+    page.page.evaluate(INTO_SUBGRAPH, ids["model"])
+    loader = page.page.evaluate("window.app.canvas.graph._nodes[0].id")
+    page.menu(page.place(loader))
+    page.choose(COMPILE)
+    linked = """() => {
+        const { graph } = window.app.canvas;
+        const [output] = graph.outputs;
+        return graph.getNodeById(graph.getLink(output.linkIds[0]).origin_id).type;
+    }"""
+    assert page.page.evaluate(linked) == "HotPathCompileRepeatedBlocks"
+
+
+def contrast(page):
+    """Of the panel's text against what is behind it, as WCAG counts it, and how light that is."""
+    return page.panel().evaluate(CONTRAST)
+
+
+def test_text_can_be_read_in_both_themes(page, light_page, live):
+    for shown in (page, light_page):
+        shown.load(compiled(live, shown))
+        shown.reads("idle")
+    assert contrast(page)[0] >= 4.5 and contrast(light_page)[0] >= 4.5
+    assert contrast(page)[1] < 0.2 < 0.5 < contrast(light_page)[1], "the two are dark and light"
