@@ -27,7 +27,8 @@ async ([workflow, places, scale]) => {
     // As a workflow has that a person made, which the page keeps over a reload.
     app.graph.id = crypto.randomUUID();
     for (const node of app.graph._nodes) {
-        node.setSize([Math.max(node.size[0], 270), node.size[1]]);
+        // In Nodes 2.0 they are as high as what is in them.
+        node.setSize([Math.max(node.size[0], 270), LiteGraph.vueNodesMode ? 0 : node.size[1]]);
         node.pos = places[node.id];
     }
     app.canvas.ds.scale = scale;
@@ -211,10 +212,10 @@ def canvas(
     *,
     vue: bool = False,
     light: bool = False,
-    width: int = 1600,
-    height: int = 900,
+    size: tuple[int, int] = (1600, 900),
+    density: float = 1,
 ) -> Iterator[Canvas]:
-    """A page of its own on ``server``; ``vue`` shows Nodes 2.0, ``light`` the light theme."""
+    """A page of its own on ``server``; ``vue`` shows Nodes 2.0, ``light`` the light theme, in so many dots a pixel."""
     server.set_settings(
         {
             "Comfy.VueNodes.Enabled": vue,
@@ -225,7 +226,7 @@ def canvas(
             "HotPath.Toasts": True,
         }
     )
-    context = browser.new_context(viewport={"width": width, "height": height})
+    context = browser.new_context(viewport={"width": size[0], "height": size[1]}, device_scale_factor=density)
     try:
         shown = Canvas(context.new_page(), server, vue)
         shown.page.set_default_timeout(30_000)

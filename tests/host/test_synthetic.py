@@ -148,8 +148,6 @@ def test_a_compiled_step_is_shown_beside_an_eager_one_that_was_measured(flux):
     run(fast, SMALL, 3)
     assert "step_seconds" in text.last["facts"] and "gain" not in text.last["facts"]
     benchmark_model(fast, flux, SMALL, 3, 1, Texts())
-    facts = text.last["facts"]
-    assert "gain" in facts or "eager_step_seconds" not in facts
     run(fast, SMALL, 3)
     facts = text.last["facts"]
     assert facts["gain"] == pytest.approx(facts["eager_step_seconds"] / facts["step_seconds"])

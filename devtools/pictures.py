@@ -1,0 +1,184 @@
+"""dev.py pictures: remakes the README's pictures of the canvas, which are what a browser shows of prompts that run.
+
+Needs Playwright's Python package, Pillow and a Chromium of the machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from PIL import Image
+from playwright.sync_api import Browser
+
+from .browser import PANEL, Canvas, canvas, chromium
+from .checkpoints import FluxFile, describe, flux1, lora, save
+from .cli import comfyui_folder, run_tool
+from .server import ROOT, HostServer
+from .workflows import Workflow, sampling
+
+DOCS = ROOT / "docs"
+CHECKPOINT = "flux1-dev.safetensors"
+PLACES = {
+    "model": (0, 0),
+    "lora0": (330, 0),
+    "quantize": (660, 0),
+    "compile": (990, 0),
+    "sampler": (1320, 0),
+    "text": (0, 330),
+    "empty": (330, 330),
+    "save": (1320, 700),
+}
+# Where the first node's title is on the page, beside the host's own buttons.
+_LEFT, _TOP = 100, 120
+_GAP = 12
+# Seconds between the frames of the animation, in the browser and when it is played.
+_EVERY, _SHOWN = 0.5, 0.12
+_BACKGROUNDS = ("#141414", "#f0f0f0")
+
+
+def main(arguments: Sequence[str]) -> int:
+    argparse.ArgumentParser(prog="dev.py pictures", description=__doc__).parse_args(arguments)
+    with HostServer(comfyui_folder()) as server, chromium() as browser:
+        weights = flux1(4, 8)
+        flux = describe(save(server.diffusion_models / CHECKPOINT, weights))
+        save(server.loras / "style.safetensors", lora(weights))
+        picture_graph(browser, server, flux)
+        picture_states(browser, server, flux)
+    return 0
+
+
+def picture_graph(browser: Browser, server: HostServer, flux: FluxFile) -> None:
+    """docs/compiling.gif while a graph compiles, and docs/graph.png when it has run."""
+    workflow = _workflow(flux, "inductor", loras=[("style.safetensors", 0.8)], quantized="int8_dynamic", steps=8)
+    with canvas(browser, server, vue=True, size=(1800, 700), density=1.5) as page:
+        ids = _show(page, workflow)
+        page.queue()
+        page.panel("compiling").wait_for(timeout=120_000)
+        node = page.page.locator(f'[data-node-id="{ids["compile"]}"]')
+        frames = []
+        while page.panel("compiling").count():
+            frames.append(_image(node.screenshot()))
+            time.sleep(_EVERY)
+        page.wait_for_queue()
+        page.reads("compiled")
+        frames += [_image(node.screenshot())] * 12
+        _animate(frames)
+        boxes = [page.page.locator(f'[data-node-id="{ids[name]}"]').bounding_box() for name in PLACES if name != "save"]
+        found = [box for box in boxes if box is not None]
+        left, top = min(box["x"] for box in found) - 20, min(box["y"] for box in found) - 20
+        right = max(box["x"] + box["width"] for box in found) + 20
+        bottom = max(box["y"] + box["height"] for box in found) + 20
+        clip: Any = {"x": left, "y": top, "width": right - left, "height": bottom - top}
+        page.page.mouse.move(right, bottom + 20)
+        page.page.screenshot(path=DOCS / "graph.png", clip=clip)
+
+
+def picture_states(browser: Browser, server: HostServer, flux: FluxFile) -> None:
+    """docs/panel.png: what the panel of Compile Repeated Blocks can say, in both themes."""
+    shots: list[list[Image.Image]] = []
+    with canvas(browser, server, vue=True, density=2) as page:
+
+        def shoot(state: str) -> None:
+            page.panel(state).wait_for(timeout=60_000)
+            both = []
+            for palette in ("dark", "light"):
+                page.page.evaluate(
+                    "name => window.app.extensionManager.setting.set('Comfy.ColorPalette', name)", palette
+                )
+                page.page.wait_for_timeout(300)
+                both.append(_image(page.page.locator(PANEL).first.screenshot()))
+            shots.append(both)
+
+        ids = _show(page, _workflow(flux, "hotpath_dev_slow", steps=3))
+        shoot("idle")
+        page.queue()
+        shoot("compiling")
+        page.wait_for_queue()
+        _measure(page, ids, flux)
+        page.set(ids["sampler"], seed=2)
+        page.queue()
+        page.wait_for_queue()
+        shoot("compiled")
+        page.set(ids["empty"], batch_size=2)
+        page.queue()
+        page.wait_for_queue()
+        shoot("recompiled")
+        _show(page, _workflow(flux, "hotpath_dev_slow", patches=[("forward_hook", 1.5)]))
+        page.queue()
+        page.wait_for_queue()
+        shoot("eager")
+        _show(page, _workflow(flux, "hotpath_dev_faulty", on_failure="error"))
+        page.queue()
+        page.wait_for_queue()
+        shoot("stopped")
+    _sheet(shots)
+
+
+def _measure(page: Canvas, ids: Mapping[str, int], flux: FluxFile) -> None:
+    """An eager step, by Benchmark Model beside the graph that is shown."""
+    inputs = {"width": 256, "height": 256, "batch_size": 1, "text_tokens": 16, "steps": 4, "rounds": 1}
+    loader = {"class_type": "UNETLoader", "inputs": {"unet_name": CHECKPOINT, "weight_dtype": "default"}}
+    benchmark = {"class_type": "HotPathBenchmarkModel", "inputs": {"model": [str(ids["model"]), 0], **inputs}}
+    page.server.post({str(ids["model"]): loader, "benchmark": benchmark})
+    page.wait_for_queue()
+
+
+def _workflow(flux: FluxFile, backend: str, on_failure: str = "eager", **options: Any) -> Workflow:
+    return sampling(
+        CHECKPOINT, flux, compiled={"backend": backend, "on_failure": on_failure, "cache": "off"}, **options
+    )
+
+
+def _show(page: Canvas, workflow: Workflow) -> dict[str, int]:
+    places = {name: (_LEFT + x, _TOP + y) for name, (x, y) in PLACES.items() if name in workflow}
+    ids = page.load(workflow, places, scale=1.0)
+    # What a person would not connect by hand: the page is wide enough for the MODEL's line alone.
+    page.page.wait_for_timeout(300)
+    return ids
+
+
+def _image(data: bytes) -> Image.Image:
+    return Image.open(io.BytesIO(data)).convert("RGB")
+
+
+def _animate(frames: Sequence[Image.Image]) -> None:
+    """Frames of the highest one's size, each shown for as long as it stayed."""
+    width, height = max(frame.width for frame in frames), max(frame.height for frame in frames)
+    shown = []
+    for frame in frames:
+        canvas = Image.new("RGB", (width, height), _BACKGROUNDS[0])
+        canvas.paste(frame, (0, 0))
+        shown.append(canvas.quantize(64, dither=Image.Dither.NONE))
+    shown[0].save(
+        DOCS / "compiling.gif",
+        save_all=True,
+        append_images=shown[1:],
+        duration=round(_SHOWN * 1000),
+        loop=0,
+        optimize=True,
+    )
+
+
+def _sheet(shots: Sequence[Sequence[Image.Image]]) -> None:
+    """Dark panels beside the same light ones, one state a row in two columns."""
+    width = max(shot.width for both in shots for shot in both)
+    half = -(-len(shots) // 2)
+    columns = [shots[:half], shots[half:]]
+    heights = [sum(max(shot.height for shot in both) + _GAP for both in column) + _GAP for column in columns]
+    sheet = Image.new("RGB", (4 * (width + 2 * _GAP), max(heights)))
+    for theme, background in enumerate(_BACKGROUNDS):
+        for column, rows in enumerate(columns):
+            left, top = (2 * theme + column) * (width + 2 * _GAP), _GAP
+            sheet.paste(background, (left, 0, left + width + 2 * _GAP, sheet.height))
+            for both in rows:
+                sheet.paste(both[theme], (left + _GAP, top))
+                top += max(shot.height for shot in both) + _GAP
+    sheet.save(DOCS / "panel.png", optimize=True)
+
+
+if __name__ == "__main__":
+    run_tool(main)
