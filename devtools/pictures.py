@@ -22,18 +22,9 @@ from .workflows import Workflow, sampling
 
 DOCS = ROOT / "docs"
 CHECKPOINT = "flux1-dev.safetensors"
-PLACES = {
-    "model": (0, 0),
-    "lora0": (330, 0),
-    "quantize": (660, 0),
-    "compile": (990, 0),
-    "sampler": (1320, 0),
-    "text": (0, 330),
-    "empty": (330, 330),
-    "save": (1320, 700),
-}
-# Where the first node's title is on the page, beside the host's own buttons.
-_LEFT, _TOP = 100, 120
+# The MODEL's line, which is pictured; the rest is below the page.
+_LINE = ("model", "lora0", "quantize", "compile", "sampler")
+_LEFT, _TOP, _STEP, _BELOW = 100, 200, 320, 900
 _GAP = 12
 # Seconds between the frames of the animation, in the browser and when it is played.
 _EVERY, _SHOWN = 0.5, 0.12
@@ -67,13 +58,12 @@ def picture_graph(browser: Browser, server: HostServer, flux: FluxFile) -> None:
         page.reads("compiled")
         frames += [_image(node.screenshot())] * 12
         _animate(frames)
-        boxes = [page.page.locator(f'[data-node-id="{ids[name]}"]').bounding_box() for name in PLACES if name != "save"]
+        boxes = [page.page.locator(f'[data-node-id="{ids[name]}"]').bounding_box() for name in _LINE]
         found = [box for box in boxes if box is not None]
-        left, top = min(box["x"] for box in found) - 20, min(box["y"] for box in found) - 20
-        right = max(box["x"] + box["width"] for box in found) + 20
-        bottom = max(box["y"] + box["height"] for box in found) + 20
+        left, top = min(box["x"] for box in found) - _GAP, min(box["y"] for box in found) - _GAP
+        right = max(box["x"] + box["width"] for box in found) + _GAP
+        bottom = max(box["y"] + box["height"] for box in found) + _GAP
         clip: Any = {"x": left, "y": top, "width": right - left, "height": bottom - top}
-        page.page.mouse.move(right, bottom + 20)
         page.page.screenshot(path=DOCS / "graph.png", clip=clip)
 
 
@@ -134,11 +124,10 @@ def _workflow(flux: FluxFile, backend: str, on_failure: str = "eager", **options
 
 
 def _show(page: Canvas, workflow: Workflow) -> dict[str, int]:
-    places = {name: (_LEFT + x, _TOP + y) for name, (x, y) in PLACES.items() if name in workflow}
-    ids = page.load(workflow, places, scale=1.0)
-    # What a person would not connect by hand: the page is wide enough for the MODEL's line alone.
-    page.page.wait_for_timeout(300)
-    return ids
+    line = [name for name in _LINE if name in workflow]
+    places = {name: (_LEFT + _STEP * number, _BELOW) for number, name in enumerate(workflow)}
+    places |= {name: (_LEFT + _STEP * number, _TOP) for number, name in enumerate(line)}
+    return page.load(workflow, places, scale=1.0)
 
 
 def _image(data: bytes) -> Image.Image:

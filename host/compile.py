@@ -13,6 +13,7 @@ from typing import Any
 
 import comfy.model_management
 import torch
+from comfy.model_base import BaseModel
 from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import CallbacksMP, WrapperExecutor, WrappersMP
 from torch import Tensor, nn
@@ -26,7 +27,7 @@ from ..hotpath.reasons import how_to_avoid
 from ..hotpath.selection import select_blocks
 from ..hotpath.template import Around, BlockPlan, NotHoistable, plan_block
 from .artifacts import kept_region
-from .eager_steps import eager_seconds
+from .eager_steps import eager_seconds, note_quickest, step_kind
 from .flux import KINDS, BlockKind, attention_for, bind_for, region_inputs, require_blocks, token_dims
 from .models import compiles_whole_model, require_model
 from .progress import NodeText, StepClock
@@ -121,6 +122,7 @@ class CompiledBlocks:
         self._told: set[str] = set()
         self._plans: weakref.WeakKeyDictionary[nn.Module, BlockPlan] = weakref.WeakKeyDictionary()
         self._clock = StepClock()
+        self._quickest: dict[Hashable, float] = {}
         LATEST[text.node_id] = self
 
     def start(self, patcher: ModelPatcher) -> None:
@@ -146,15 +148,18 @@ class CompiledBlocks:
         def step() -> Any:
             return executor(x, t, c_concat, c_crossattn, control, transformer_options, **kwargs)
 
-        spent = self.seconds
+        spent, kind = self.seconds, step_kind(executor.class_obj, x, c_crossattn)
         with self.text.guarded():
             if compiles_whole_model(transformer_options):
                 self._note_eager("another node compiles the whole model; remove one of the two", "the model")
-                out = self._clock.time(x.device, step)
+                out = self._clock.time(x.device, step, kind)
             else:
                 with self._swapped(executor.class_obj.diffusion_model):
-                    out = self._clock.time(x.device, step)
-        self._show(self.seconds > spent, eager_seconds(executor.class_obj, x, c_crossattn))
+                    out = self._clock.time(x.device, step, kind)
+        if self.seconds > spent:
+            # What a step took that compiled something says nothing of the next.
+            self._clock.forget()
+        self._show(executor.class_obj)
         return out
 
     def summary(self) -> str:
@@ -337,8 +342,8 @@ class CompiledBlocks:
             log.warning("%s runs without HotPath: %s", block, reason)
         self.eager.setdefault(reason, set()).add(block)
 
-    def _show(self, compiled_now: bool, eager_seconds: float | None) -> None:
-        """Tell the node what the step was. What a step took that compiled something says nothing of the next."""
+    def _show(self, model: BaseModel) -> None:
+        """Tell the node what the step was, and its gain where an eager one of its kind was measured."""
         facts: dict[str, str | float] = {}
         if self.compiled:
             facts["blocks"] = ", ".join(f"{count} {name}" for name, count in self.compiled.items())
@@ -347,12 +352,14 @@ class CompiledBlocks:
             facts["compile_seconds"] = self.seconds
         if self.load_seconds:
             facts["load_seconds"] = self.load_seconds
-        seconds = self._clock.seconds()
-        if seconds is not None and not compiled_now:
-            facts["step_seconds"] = seconds
-            if eager_seconds is not None and not self.eager:
-                facts["eager_step_seconds"] = eager_seconds
-                facts["gain"] = eager_seconds / seconds
+        last = self._clock.last()
+        if last is not None:
+            facts["step_seconds"], kind = last
+            eager = eager_seconds(model, kind)
+            quickest = note_quickest(self._quickest, *last)
+            if eager is not None and not self.eager:
+                facts["eager_step_seconds"] = eager
+                facts["gain"] = eager / quickest
         reasons = [
             (f"compiled again: {reason}", how_to_avoid(reason, self.settings.dynamic))
             for reason in self.recompiles[self._shown_before :][-_FEW:]

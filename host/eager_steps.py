@@ -33,21 +33,26 @@ class EagerSteps:
         **kwargs: Any,
     ) -> Any:
         """A wrapper of the host's ``apply_model``; arguments are passed on untouched."""
-        out = self._clock.time(x.device, lambda: executor(x, t, c_concat, c_crossattn, *args, **kwargs))
-        seconds = self._clock.seconds()
-        if seconds is not None:
-            known = _SECONDS.setdefault(executor.class_obj, {})
-            kind = _kind(executor.class_obj, x, c_crossattn)
-            # The quickest: what a step takes when nothing is in its way.
-            known[kind] = min(known.get(kind, seconds), seconds)
+        model = executor.class_obj
+        kind = step_kind(model, x, c_crossattn)
+        out = self._clock.time(x.device, lambda: executor(x, t, c_concat, c_crossattn, *args, **kwargs), kind)
+        if (last := self._clock.last()) is not None:
+            note_quickest(_SECONDS.setdefault(model, {}), *last)
         return out
 
 
-def eager_seconds(model: BaseModel, x: Tensor, c_crossattn: Tensor | None) -> float | None:
-    """Seconds of an eager step of ``model`` with the patches it has now, on inputs like these; None if not measured."""
-    return _SECONDS.get(model, {}).get(_kind(model, x, c_crossattn))
-
-
-def _kind(model: BaseModel, x: Tensor, c_crossattn: Tensor | None) -> Hashable:
+def step_kind(model: BaseModel, x: Tensor, c_crossattn: Tensor | None) -> Hashable:
+    """What two steps of ``model`` must have in common to be compared: the patches that it has now, and sizes."""
     patches = getattr(model.current_patcher, "patches_uuid", None)
     return patches, x.shape, x.dtype, x.device, None if c_crossattn is None else c_crossattn.shape
+
+
+def note_quickest(known: dict[Hashable, float], seconds: float, kind: Hashable) -> float:
+    """Keep the least seconds of each kind, which a step takes when nothing is in its way; those of ``kind``."""
+    known[kind] = min(known.get(kind, seconds), seconds)
+    return known[kind]
+
+
+def eager_seconds(model: BaseModel, kind: Hashable) -> float | None:
+    """The least that an eager step of ``model`` of this kind took; None if none was measured."""
+    return _SECONDS.get(model, {}).get(kind)

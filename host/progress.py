@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -112,31 +112,36 @@ def _running_workflow(server: PromptServer) -> str | None:
 
 
 class StepClock:
-    """How long the last step that is known to have ended took, without waiting for the device."""
+    """How long the last step that is known to have ended took, without waiting for the device, and its kind."""
 
     def __init__(self) -> None:
-        self._events: tuple[torch.cuda.Event, torch.cuda.Event] | None = None
-        self._seconds: float | None = None
+        self._events: tuple[torch.cuda.Event, torch.cuda.Event, Hashable] | None = None
+        self._last: tuple[float, Hashable] | None = None
 
-    def time(self, device: torch.device, step: Callable[[], Any]) -> Any:
+    def time(self, device: torch.device, step: Callable[[], Any], kind: Hashable = None) -> Any:
         """Run ``step`` on ``device`` and return what it does."""
         if device.type != "cuda":
             started = time.perf_counter()
             out = step()
-            self._seconds = time.perf_counter() - started
+            self._last = time.perf_counter() - started, kind
             return out
-        events = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         stream = torch.cuda.current_stream(device)
-        events[0].record(stream)
+        start.record(stream)
         out = step()
-        events[1].record(stream)
-        self.seconds()
-        self._events = events
+        end.record(stream)
+        self.last()
+        self._events = start, end, kind
         return out
 
-    def seconds(self) -> float | None:
-        """Seconds of the last step; None before one has ended."""
+    def last(self) -> tuple[float, Hashable] | None:
+        """Seconds and kind of the last step; None before one has ended."""
         if self._events is not None and self._events[1].query():
-            self._seconds = self._events[0].elapsed_time(self._events[1]) / 1000
+            start, end, kind = self._events
+            self._last = start.elapsed_time(end) / 1000, kind
             self._events = None
-        return self._seconds
+        return self._last
+
+    def forget(self) -> None:
+        """The last step was none to tell of."""
+        self._events = self._last = None

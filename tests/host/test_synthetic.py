@@ -150,7 +150,7 @@ def test_a_compiled_step_is_shown_beside_an_eager_one_that_was_measured(flux):
     benchmark_model(fast, flux, SMALL, 3, 1, Texts())
     run(fast, SMALL, 3)
     facts = text.last["facts"]
-    assert facts["gain"] == pytest.approx(facts["eager_step_seconds"] / facts["step_seconds"])
+    assert facts["gain"] >= facts["eager_step_seconds"] / facts["step_seconds"] > 0, "the quickest of both are compared"
     run(fast, Inputs(48, 48, 1, 16), 3)
     assert "gain" not in text.last["facts"], "nothing was measured at that size"
     patched = flux.clone()
