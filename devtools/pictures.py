@@ -83,7 +83,7 @@ def picture_states(browser: Browser, server: HostServer, flux: FluxFile) -> None
                 both.append(_image(page.page.locator(PANEL).first.screenshot()))
             shots.append(both)
 
-        ids = _show(page, _workflow(flux, "hotpath_dev_slow", steps=3))
+        ids = _show(page, _workflow(flux, "inductor", steps=8))
         shoot("idle")
         page.queue()
         shoot("compiling")
