@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
 from playwright.sync_api import Browser, ConsoleMessage, Locator, Page, sync_playwright
+from playwright.sync_api import TimeoutError as NotShown
 
 from .server import HostServer
 from .workflows import Workflow
@@ -137,8 +138,13 @@ class Canvas:
 
     def menu(self, at: tuple[float, float]) -> list[str]:
         """Open the menu of what is at a place of the page with a right click; its entries."""
-        self.page.mouse.click(*at, button="right")
-        self.page.locator(_MENU).first.wait_for()
+        menu = self.page.locator(_MENU).first
+        for _ in range(10):
+            # A canvas that was just loaded may not take the first.
+            self.page.mouse.click(*at, button="right")
+            with suppress(NotShown):
+                menu.wait_for(timeout=1500)
+                break
         return self.page.locator(_MENU).all_inner_texts()
 
     def choose(self, entry: str) -> None:

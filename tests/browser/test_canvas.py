@@ -198,10 +198,9 @@ def test_inside_a_subgraph_copied_and_in_another_tab(page, live):
     page.page.evaluate(COPY)
     page.reads("idle")
     assert page.reads("compiled") == text
-    shown = page.page.evaluate("window.app.rootGraph.id")
-    for there in ("!==", "==="):
+    for shown in ("Unsaved Workflow", "Flux"):
         page.page.evaluate("window.app.extensionManager.command.execute('Workspace.NextOpenedWorkflow')")
-        page.page.wait_for_function(f"id => window.app.rootGraph.id {there} id", arg=shown)
+        page.page.wait_for_function(f"window.app.extensionManager.workflow.activeWorkflow.filename === {shown!r}")
     page.page.evaluate(ENTER)
     assert page.reads("compiled") == text
 
