@@ -179,8 +179,9 @@ class Canvas:
         return [(state, text) for state, text in self.page.evaluate("window.hotpathSeen")]
 
     def queue(self) -> None:
-        """Queue what is shown."""
-        self.page.get_by_test_id("queue-button").click()
+        """Queue what is shown; the host has it then."""
+        with self.page.expect_response(lambda response: response.url.endswith("/prompt")):
+            self.page.get_by_test_id("queue-button").click()
 
     def wait_for_queue(self, timeout: float = 300) -> None:
         """Wait until the host has nothing left to do."""
