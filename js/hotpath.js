@@ -107,6 +107,11 @@ function addPanel(node) {
   });
   widget.serialize = false;
 
+  // Nodes 2.0 keep what they mounted for a node of the same id: of another tab, or from before an undo.
+  const mount = () => {
+    if (element.isConnected || node.graph !== app.canvas.graph) return;
+    document.querySelector(`[data-node-id="${node.id}"] .hotpath-panel`)?.replaceWith(element);
+  };
   const fit = () => {
     // The size that it has on the canvas is not known before it is there.
     const needed = inner.offsetHeight;
@@ -147,6 +152,7 @@ function addPanel(node) {
       tick(started);
       ticking = setInterval(tick, 1000, started);
     }
+    mount();
     fit();
   };
   node.hotpathShow = (status) => {
@@ -156,6 +162,7 @@ function addPanel(node) {
     show(status);
   };
   node.hotpathShow(IDLE);
+  requestAnimationFrame(mount);
   const removed = node.onRemoved;
   node.onRemoved = function (...args) {
     clearInterval(ticking);

@@ -113,6 +113,11 @@ def test_what_compiled_again_and_what_avoids_it(page, live):
     queue(page, ids["sampler"])
     page.wait_for_queue()
     assert "batch size" not in page.reads("compiled")
+    # Another tab with nodes of the same ids.
+    page.load(compiled(live, page))
+    page.reads("idle")
+    page.queue()
+    page.reads("compiled")
 
 
 def test_eager_with_the_reason_and_a_toast_unless_toasts_are_off(page, live):
