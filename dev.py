@@ -37,6 +37,7 @@ COMMANDS = {
     "test": "run the tests; options are pytest's; --matrix: with every ComfyUI and PyTorch supported, in turn",
     "bench": "compare with other ways to compile; options --blocks D+S, --quick, --rounds N, --json FILE, --plot FILE; "
     "or --model FILE, --soak N, --quantize, --memory, --start",
+    "pictures": "remake the README's pictures of the canvas; needs a Chromium",
     "serve": "run ComfyUI with this pack for a browser; options --port N, -- ARGUMENTS OF COMFYUI",
     "package": "validate, lint and pack for the Comfy registry, into node.zip",
 }
@@ -45,7 +46,12 @@ RUN_MODULE = (
     "import runpy, sys; sys.path[:] = [sys.argv.pop(1), *filter(None, sys.path)]; "
     "runpy.run_module(sys.argv.pop(1), run_name='__main__', alter_sys=True)"
 )
-MODULES = {"demo": "devtools.demo", "bench": "benchmarks.bench", "serve": "devtools.serve"}
+MODULES = {
+    "demo": "devtools.demo",
+    "bench": "benchmarks.bench",
+    "pictures": "devtools.pictures",
+    "serve": "devtools.serve",
+}
 
 
 @dataclass(frozen=True)
@@ -140,7 +146,7 @@ def main(arguments: Sequence[str]) -> int:
         prog="dev.py",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        usage="dev.py [-h] [--host VERSION] {demo,test,bench,serve,package} [options]",
+        usage="dev.py [-h] [--host VERSION] {demo,test,bench,pictures,serve,package} [options]",
         epilog="HOTPATH_CACHE: the cache folder. COMFYUI_PATH: an existing ComfyUI to use instead; it is not changed.",
     )
     versions = [setup.name for setup in HOSTS]

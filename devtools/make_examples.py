@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 from uuid import NAMESPACE_URL, uuid5
 
-from .browser import Canvas, canvas
+from .browser import Canvas, canvas, chromium
 from .cli import comfyui_folder, run_tool
 from .examples import BLUEPRINT, EXAMPLES, MODELS, SITE, save_stand_ins, twins
 from .server import HostServer
@@ -117,8 +117,8 @@ _FRAME = """
 """
 THUMBNAIL = 512
 DESCRIPTION = (
-    "Makes a Flux MODEL smaller and faster, with a switch for each: 8-bit weights (full-precision models), streaming of "
-    "what doesn't fit on the card, compiled blocks. Put it right before the sampler, after LoRA loaders."
+    "Makes a Flux MODEL smaller and faster, with a switch for each: 8-bit weights (full-precision models), streaming "
+    "of what doesn't fit on the card, compiled blocks. Put it right before the sampler, after LoRA loaders."
 )
 ALIASES = ["flux speed", "torch compile", "low vram", "quantize", "offload", "hotpath"]
 # The switches of the blueprint: name, position at first, and the node, in their order on the MODEL line.
@@ -219,12 +219,12 @@ def make_blueprint(shown: Canvas) -> None:
 
 
 def main(arguments: Sequence[str]) -> int:
-    with HostServer(comfyui_folder()) as server:
+    with HostServer(comfyui_folder()) as server, chromium() as browser:
         save_stand_ins(server)
         for name, workflow in twins().items():
-            with canvas(server) as shown:
+            with canvas(browser, server) as shown:
                 make_workflow(shown, name, workflow)
-        with canvas(server) as shown:
+        with canvas(browser, server) as shown:
             make_blueprint(shown)
     return 0
 

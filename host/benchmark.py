@@ -14,16 +14,22 @@ import comfy.model_management
 import comfy.utils
 import torch
 from comfy.model_patcher import ModelPatcher
+from comfy.patcher_extension import WrappersMP
 from torch import Tensor
 
 from ..hotpath.memory import peak_bytes
+from .compile import compiled_blocks
+from .eager_steps import EagerSteps
 from .flux import require_blocks
-from .models import require_model
+from .models import compiles_whole_model, require_model
+from .offload import KEY as OFFLOAD_KEY
 from .progress import NodeText
+from .quantize import quantization, weight_bytes
+from .streaming import StreamedBlocks
 from .synthetic import Inputs, sample
 
 _GIB = 2**30
-_NAMES = ("model", "compare_with")
+_KEY = "hotpath_benchmark"
 _COLOURS = ("#4269d0", "#efb118")
 # Inches and dots of the figure: 1600 x 800 pixels.
 _SIZE, _DPI = (10.0, 5.0), 160
@@ -31,13 +37,18 @@ _SIZE, _DPI = (10.0, 5.0), 160
 
 @dataclass
 class Side:
-    """What was measured of one MODEL; seconds, and bytes on the GPU (0 without one)."""
+    """What was measured of one MODEL; seconds, and bytes: of the GPU's memory at the peak, and streamed to it a step.
+
+    ``compiling`` is what compiling its blocks took so far, or loading them, in this benchmark and before.
+    """
 
     name: str
     first: float = 0.0
+    compiling: float = 0.0
     steps: list[float] = field(default_factory=list)
     images: list[float] = field(default_factory=list)
     peak: int = 0
+    streamed: float = 0.0
 
     @property
     def step(self) -> float:
@@ -45,9 +56,9 @@ class Side:
         return statistics.median(self.steps)
 
     @property
-    def extra(self) -> float:
-        """By how much the first step took longer than a steady one: compiling, and all else that is done once."""
-        return max(self.first - self.step, 0.0)
+    def once(self) -> float:
+        """What is paid once: the first step over a steady one, or compiling where that was done before."""
+        return max(self.first - self.step, self.compiling)
 
     @property
     def image(self) -> float:
@@ -71,51 +82,112 @@ def benchmark_model(
     for each in models:
         require_model(each)
         require_blocks(each, "measure")
-    sides = [Side(name) for name in _NAMES[: len(models)]]
+    sides = [Side(name) for name in _names(models)]
     bar = comfy.utils.ProgressBar(len(models) * (rounds + 1) * steps)
-    for number in range(rounds + 1):
-        for side, each in zip(sides, models, strict=True):
-            text.show(f"{side.name}: first run" if number == 0 else f"{side.name}: run {number} of {rounds}")
-            _run(side, each, inputs, steps, number == 0, bar)
-    device = _device_name(model.load_device)
-    told = describe(sides, inputs, steps, device)
+    with text.guarded():
+        for number in range(rounds + 1):
+            for side, each in zip(sides, models, strict=True):
+                run = f"run {number} of {rounds}" if number else "first run"
+                text.show(f"{side.name}: {run} ...", "working")
+                _run(side, each, inputs, steps, number == 0, bar)
+    where = f"{type(model.model).__name__}, {inputs}, {steps} steps, {_device_name(model.load_device)}"
+    told = describe(sides, inputs.batch, steps, where)
     text.show(told.splitlines()[-1])
-    return told, draw(sides, inputs, steps, device)
+    return told, draw(sides, inputs.batch, where)
+
+
+def _names(models: Sequence[ModelPatcher]) -> list[str]:
+    names = [_name(model) for model in models]
+    if len(set(names)) < len(names):
+        return [f"{name} ({place})" for name, place in zip(names, ("model", "compare_with"), strict=True)]
+    return names
+
+
+def _name(model: ModelPatcher) -> str:
+    """What was done to ``model`` that sets it apart from another."""
+    done = quantization(model)
+    parts = (
+        []
+        if done is None
+        else [kind.removeprefix("layers in ") for kind in done.layers if kind.startswith("layers in ")]
+    )
+    if model.get_wrappers(WrappersMP.APPLY_MODEL, OFFLOAD_KEY):
+        parts.append("offloaded")
+    if _compiled_as_a_whole(model):
+        parts.append("compiled as a whole")
+    else:
+        parts.append("eager" if compiled_blocks(model) is None else "compiled")
+    return " + ".join(parts)
+
+
+def _compiled_as_a_whole(model: ModelPatcher) -> bool:
+    return compiles_whole_model(model.model_options.get("transformer_options", {}))
 
 
 def _run(side: Side, model: ModelPatcher, inputs: Inputs, steps: int, first: bool, bar: Any) -> None:
-    device, outside = model.load_device, 0
+    device, apart = model.load_device, 0
+    blocks, measured = compiled_blocks(model), model.clone()
+    if blocks is None and not _compiled_as_a_whole(model):
+        measured.add_wrapper_with_key(WrappersMP.APPLY_MODEL, _KEY, EagerSteps())
 
     def on_step() -> None:
-        nonlocal outside
+        nonlocal apart
         bar.update(1)
-        # With dynamic VRAM, weights lie outside of PyTorch's allocator.
-        outside = max(outside, model.loaded_size() - model.model.model_loaded_weight_memory)
+        apart = max(apart, _outside(model) - _others(model))
 
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    seconds = sample(model, inputs, steps, on_step)
+    seconds = sample(measured, inputs, steps, on_step)
+    if blocks is not None:
+        side.compiling = sum(region.stats.seconds + region.stats.load_seconds for region in blocks.regions)
     if first:
         side.first = seconds[0]
         return
     # The first step of a run may make what serves all others, such as modulation.
     side.steps += seconds[1:]
     side.images.append(sum(seconds))
+    streams = model.get_wrappers(WrappersMP.APPLY_MODEL, OFFLOAD_KEY)
+    side.streamed = sum(each.bytes_copied for each in streams if isinstance(each, StreamedBlocks)) / steps
     if device.type == "cuda":
-        side.peak = max(side.peak, peak_bytes(device) + outside)
+        side.peak = max(side.peak, peak_bytes(device) + apart)
 
 
-def describe(sides: Sequence[Side], inputs: Inputs, steps: int, device: str) -> str:
+def _outside(model: ModelPatcher) -> int:
+    """Bytes of the weights that dynamic VRAM has on the device, which PyTorch's allocator does not count."""
+    return model.loaded_size() - model.model.model_loaded_weight_memory
+
+
+def _others(model: ModelPatcher) -> int:
+    """Bytes on the device of weights of other models, which the host keeps there while there is room."""
+    mine = {id(parameter) for parameter in model.model.parameters()}
+    theirs = {
+        id(parameter): parameter
+        for loaded in comfy.model_management.current_loaded_models
+        if loaded.model is not None
+        for parameter in loaded.model.model.parameters()
+    }
+    return sum(
+        weight_bytes(parameter)
+        for key, parameter in theirs.items()
+        if key not in mine and parameter.device == model.load_device
+    )
+
+
+def describe(sides: Sequence[Side], batch: int, steps: int, where: str) -> str:
     """A line on what was run, one for each side, and with two sides one that compares them."""
-    lines = [f"{inputs}, {steps} steps, {device}"]
+    lines = [where]
     for side in sides:
-        memory = f", peak memory {side.peak / _GIB:.2f} GiB" if side.peak else ""
-        lines.append(
-            f"{side.name}: {_time(side.step)} a step ({_time(min(side.steps))} to {_time(max(side.steps))}), "
-            f"{_time(side.image)} for {steps} steps, first step {_time(side.extra)} longer{memory}"
-        )
+        parts = [f"{_time(side.step)} a step ({_time(min(side.steps))} to {_time(max(side.steps))})"]
+        parts += [f"{_time(side.image)} for {steps} steps", f"{_time(side.once)} once"]
+        if side.compiling:
+            parts.append(f"{_time(side.compiling)} of compiling")
+        if side.peak:
+            parts.append(f"peak memory {_size(side.peak)}")
+        if side.streamed:
+            parts.append(f"{_size(side.streamed)} streamed a step")
+        lines.append(f"{side.name}: {', '.join(parts)}")
     if len(sides) == 2:
-        lines.append(_comparison(sides[0], sides[1], inputs.batch))
+        lines.append(_comparison(sides[0], sides[1], batch))
     return "\n".join(lines)
 
 
@@ -133,22 +205,24 @@ def break_even(faster: Side, slower: Side, batch: int) -> int | None:
     gain = (slower.image - faster.image) / batch
     if gain <= 0:
         return None
-    return max(math.ceil((faster.extra - slower.extra) / gain), 1)
+    return max(math.ceil((faster.once - slower.once) / gain), 1)
 
 
-def draw(sides: Sequence[Side], inputs: Inputs, steps: int, device: str) -> Tensor:
+def draw(sides: Sequence[Side], batch: int, where: str) -> Tensor:
     """Step times with their spread beside total time over images, as an image (1, height, width, 3) in 0..1."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=_SIZE, dpi=_DPI, layout="constrained", facecolor="white")
     canvas = FigureCanvasAgg(figure)
-    title = f"{_comparison(sides[0], sides[1], inputs.batch)}" if len(sides) == 2 else f"{_time(sides[0].step)} a step"
+    title = (
+        _comparison(sides[0], sides[1], batch) if len(sides) == 2 else f"{sides[0].name}: {_time(sides[0].step)} a step"
+    )
     figure.suptitle(f"{title}\n", fontsize=14, fontweight="bold")
-    figure.text(0.5, 0.91, f"{inputs}, {steps} steps, {device}", ha="center", fontsize=9, color="#555555")
+    figure.text(0.5, 0.91, where, ha="center", fontsize=9, color="#555555")
     left, right = figure.subplots(1, 2)
     _draw_steps(left, sides)
-    _draw_totals(right, sides, inputs.batch)
+    _draw_totals(right, sides, batch)
     canvas.draw()
     width, height = canvas.get_width_height()
     pixels = torch.frombuffer(bytearray(canvas.buffer_rgba()), dtype=torch.uint8).reshape(1, height, width, 4)
@@ -161,15 +235,21 @@ def _draw_steps(axes: Any, sides: Sequence[Side]) -> None:
         axes.bar(place, side.step * factor, width=0.55, color=colour, alpha=0.85)
         spread = [[place + (index % 7 - 3) * 0.03 for index in range(len(side.steps))], side.steps]
         axes.scatter(spread[0], [value * factor for value in spread[1]], s=9, color="#222222", alpha=0.6, zorder=3)
-        memory = f"\n{side.peak / _GIB:.1f} GiB" if side.peak else ""
-        highest = max(side.steps) * factor
-        axes.annotate(f"{_time(side.step)}{memory}", (place, highest), (0, 6), textcoords="offset points", ha="center")
-    axes.set_xticks(range(len(sides)), [side.name for side in sides])
+    axes.set_xticks(range(len(sides)), ["\n".join(_below(side)) for side in sides])
     axes.set_xlim(-0.7, len(sides) - 0.3)
-    axes.margins(y=0.2)
+    axes.margins(y=0.1)
     axes.set_ylabel(f"Time of a step ({unit})")
     axes.set_title("A step: median, and each step as a dot", fontsize=10)
     _plain(axes)
+
+
+def _below(side: Side) -> list[str]:
+    lines = [side.name, f"median {_time(side.step)}"]
+    if side.peak:
+        lines.append(f"peak memory {_size(side.peak)}")
+    if side.streamed:
+        lines.append(f"{_size(side.streamed)} streamed a step")
+    return lines
 
 
 def _draw_totals(axes: Any, sides: Sequence[Side], batch: int) -> None:
@@ -179,8 +259,8 @@ def _draw_totals(axes: Any, sides: Sequence[Side], batch: int) -> None:
         crossing = break_even(faster, slower, batch)
     last = max(10, min(2 * (crossing or 0), 10_000))
     for side, colour in zip(sides, _COLOURS, strict=False):
-        totals = [side.extra + count * side.image / batch for count in (0, last)]
-        axes.plot((0, last), totals, color=colour, linewidth=2.5, label=f"{side.name}: first step +{_time(side.extra)}")
+        totals = [side.once + count * side.image / batch for count in (0, last)]
+        axes.plot((0, last), totals, color=colour, linewidth=2.5, label=f"{side.name}: {_time(side.once)} once")
     if crossing is not None and 1 < crossing <= last:
         axes.axvline(crossing, color="#888888", linestyle=":", linewidth=1.2)
         axes.annotate(
@@ -190,8 +270,8 @@ def _draw_totals(axes: Any, sides: Sequence[Side], batch: int) -> None:
     axes.set_ylim(bottom=0)
     axes.set_xlabel("Images")
     axes.set_ylabel("Time in all (s)")
-    axes.set_title("Total time, with what the first step costs once", fontsize=10)
-    axes.legend(frameon=False, fontsize=9, loc="upper left")
+    axes.set_title("Total time, compiling included", fontsize=10)
+    axes.legend(framealpha=1, edgecolor="none", fontsize=9, loc="upper left")
     _plain(axes)
 
 
@@ -213,6 +293,10 @@ def _device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return comfy.model_management.get_torch_device_name(device)
+
+
+def _size(count: float) -> str:
+    return f"{count / _GIB:.2f} GiB" if count >= _GIB / 10 else f"{count / 2**20:.1f} MiB"
 
 
 def _time(seconds: float) -> str:

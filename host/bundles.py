@@ -8,11 +8,10 @@ from pathlib import Path
 import comfy.model_management
 import folder_paths
 from comfy.model_patcher import ModelPatcher
-from comfy.patcher_extension import WrappersMP
 
 from ..hotpath.artifacts import Refused, difference, read_bundle, write_bundle
 from .artifacts import facts, store
-from .compile import WRAPPER_KEY
+from .compile import compiled_blocks
 from .models import require_model
 
 log = logging.getLogger(__name__)
@@ -40,15 +39,15 @@ def save_bundle(model: ModelPatcher, filename_prefix: str) -> tuple[str, str]:
         OSError: the file can't be written.
     """
     require_model(model)
-    wrappers = model.get_wrappers(WrappersMP.APPLY_MODEL, WRAPPER_KEY)
-    if not wrappers:
+    blocks = compiled_blocks(model)
+    if blocks is None:
         raise ValueError(
             "model: it does not pass through Compile Repeated Blocks. Connect the MODEL that comes out of that node."
         )
-    regions = [region for region in wrappers[0].regions if region.kept is not None]
-    stored = [entry for entry in (region.kept.stored() for region in regions) if entry.graphs]
+    kept = [region.kept for region in blocks.regions if region.kept is not None]
+    stored = [entry for entry in (each.stored() for each in kept) if entry.graphs]
     if not stored:
-        why = sorted({region.stats.cache for region in wrappers[0].regions})
+        why = sorted({region.stats.cache for region in blocks.regions})
         raise ValueError(
             f"model: nothing of it was compiled in a form that can be saved ({', '.join(why) or 'not sampled yet'}). "
             "Set `cache` of Compile Repeated Blocks to 'auto', and connect the sampler's output to `after`."

@@ -13,6 +13,7 @@ from typing import Any
 
 import comfy.model_management
 import torch
+from comfy.model_base import BaseModel
 from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import CallbacksMP, WrapperExecutor, WrappersMP
 from torch import Tensor, nn
@@ -26,6 +27,7 @@ from ..hotpath.reasons import how_to_avoid
 from ..hotpath.selection import select_blocks
 from ..hotpath.template import Around, BlockPlan, NotHoistable, plan_block
 from .artifacts import kept_region
+from .eager_steps import eager_seconds, note_quickest, step_kind
 from .flux import KINDS, BlockKind, attention_for, bind_for, region_inputs, require_blocks, token_dims
 from .models import compiles_whole_model, require_model
 from .progress import NodeText, StepClock
@@ -83,6 +85,12 @@ def compile_repeated_blocks(
     return compiled
 
 
+def compiled_blocks(model: ModelPatcher) -> CompiledBlocks | None:
+    """What Compile Repeated Blocks put on ``model``; None without it."""
+    found = model.get_wrappers(WrappersMP.APPLY_MODEL, WRAPPER_KEY)
+    return found[0] if found else None
+
+
 class CompiledBlocks:
     """The wrapper around ``apply_model``: for the length of one call the selected blocks run as regions.
 
@@ -109,15 +117,18 @@ class CompiledBlocks:
         self.seconds = 0.0
         self.load_seconds = 0.0
         self.recompiles: list[str] = []
+        self._shown_before = 0
         self._failed: dict[Region, str] = {}
         self._told: set[str] = set()
         self._plans: weakref.WeakKeyDictionary[nn.Module, BlockPlan] = weakref.WeakKeyDictionary()
         self._clock = StepClock()
+        self._quickest: dict[Hashable, float] = {}
         LATEST[text.node_id] = self
 
     def start(self, patcher: ModelPatcher) -> None:
-        """A sampling run begins: what failed before is tried again."""
+        """A sampling run begins: what failed before is tried again, and the node shows what is new."""
         self._failed.clear()
+        self._shown_before = len(self.recompiles)
 
     def __call__(
         self,
@@ -137,19 +148,18 @@ class CompiledBlocks:
         def step() -> Any:
             return executor(x, t, c_concat, c_crossattn, control, transformer_options, **kwargs)
 
-        spent = self.seconds
-        try:
+        spent, kind = self.seconds, step_kind(executor.class_obj, x, c_crossattn)
+        with self.text.guarded():
             if compiles_whole_model(transformer_options):
                 self._note_eager("another node compiles the whole model; remove one of the two", "the model")
-                out = self._clock.time(x.device, step)
+                out = self._clock.time(x.device, step, kind)
             else:
                 with self._swapped(executor.class_obj.diffusion_model):
-                    out = self._clock.time(x.device, step)
-        except Exception as error:
-            # Not left to look as if it went on; the host tells the user why the prompt ended.
-            self.text.show(f"stopped: {error or type(error).__name__}", "stopped")
-            raise
-        self._show(compiled_now=self.seconds > spent)
+                    out = self._clock.time(x.device, step, kind)
+        if self.seconds > spent:
+            # What a step took that compiled something says nothing of the next.
+            self._clock.forget()
+        self._show(executor.class_obj)
         return out
 
     def summary(self) -> str:
@@ -332,8 +342,8 @@ class CompiledBlocks:
             log.warning("%s runs without HotPath: %s", block, reason)
         self.eager.setdefault(reason, set()).add(block)
 
-    def _show(self, compiled_now: bool) -> None:
-        """Tell the node what the step was. What a step took that compiled something says nothing of the next."""
+    def _show(self, model: BaseModel) -> None:
+        """Tell the node what the step was, and its gain where an eager one of its kind was measured."""
         facts: dict[str, str | float] = {}
         if self.compiled:
             facts["blocks"] = ", ".join(f"{count} {name}" for name, count in self.compiled.items())
@@ -342,15 +352,22 @@ class CompiledBlocks:
             facts["compile_seconds"] = self.seconds
         if self.load_seconds:
             facts["load_seconds"] = self.load_seconds
-        seconds = self._clock.seconds()
-        if seconds is not None and not compiled_now:
-            facts["step_seconds"] = seconds
+        last = self._clock.last()
+        if last is not None:
+            facts["step_seconds"], kind = last
+            eager = eager_seconds(model, kind)
+            quickest = note_quickest(self._quickest, *last)
+            if eager is not None and not self.eager:
+                facts["eager_step_seconds"] = eager
+                facts["gain"] = eager / quickest
         reasons = [
             (f"compiled again: {reason}", how_to_avoid(reason, self.settings.dynamic))
-            for reason in self.recompiles[-_FEW:]
+            for reason in self.recompiles[self._shown_before :][-_FEW:]
         ]
-        reasons += [(f"{self._which(names)} eager: {reason}", "") for reason, names in self.eager.items()]
-        state = "eager" if self.eager else "recompiled" if self.recompiles else "compiled"
+        state = "recompiled" if reasons else "compiled"
+        if self.eager:
+            state = "eager"
+            reasons += [(f"{self._which(names)} eager: {reason}", "") for reason, names in self.eager.items()]
         self.text.show(self.summary(), state, reasons, **facts)
 
     @staticmethod

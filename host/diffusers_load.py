@@ -79,13 +79,14 @@ def load_diffusers_flux(name: str, text: NodeText) -> ModelPatcher:
             f"folder: there is no {name!r} with a {CONFIG} or a transformer/{CONFIG} in models/diffusers. "
             f"There are: {', '.join(list(folders)[:_FEW]) or 'none'}{' ...' if len(folders) > _FEW else ''}"
         )
-    return load_folder(folders[name], text)
+    with text.guarded():
+        return load_folder(folders[name], text)
 
 
 def load_folder(folder: Path, text: NodeText | None = None, disable_dynamic: bool = False) -> ModelPatcher:
     """As ``load_diffusers_flux``. The host calls it again for a second copy (multi-GPU, without dynamic VRAM)."""
     text = text or NodeText(None)
-    text.show(f"reading {CONFIG} ...")
+    text.show(f"reading {CONFIG} ...", "working")
     config, shapes, layout = _read_config(folder)
     files = _weight_files(folder)
     stored = _stored(files)
@@ -199,7 +200,7 @@ def _tensors(files: Sequence[Path], count: int, text: NodeText) -> Iterator[tupl
     """All weights by diffusers' name, each mapped from its file and read when it is used."""
     progress = comfy.utils.ProgressBar(count)
     for number, path in enumerate(files, 1):
-        text.show(f"reading {path.name} ({number} of {len(files)}) ...")
+        text.show(f"reading {path.name} ({number} of {len(files)}) ...", "working")
         with safe_open(path, framework="pt") as file:
             for key in file.keys():
                 comfy.model_management.throw_exception_if_processing_interrupted()

@@ -57,13 +57,14 @@ def save_as_diffusers_flux(
     )
     folder = Path(root) / f"{filename}_{counter:05}_"
     unfinished = folder.with_name(f".{folder.name}.part")
-    transformer = transformer_of(config, _baked(model, text))
-    text.show(f"writing {sum(weight.nbytes for weight in transformer.parameters()) / 2**20:.0f} MiB ...")
-    try:
-        transformer.save_pretrained(unfinished, max_shard_size=max_shard_size)
-        os.replace(unfinished, folder)
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
+    with text.guarded():
+        transformer = transformer_of(config, _baked(model, text))
+        text.show(f"writing {sum(weight.nbytes for weight in transformer.parameters()) / 2**20:.0f} MiB ...", "working")
+        try:
+            transformer.save_pretrained(unfinished, max_shard_size=max_shard_size)
+            os.replace(unfinished, folder)
+        finally:
+            shutil.rmtree(unfinished, ignore_errors=True)
     text.show(f"saved as {folder.relative_to(folder_paths.get_output_directory()).as_posix()}")
     log.info("saved %s to %s", config["_class_name"], folder)
     return folder
@@ -71,7 +72,7 @@ def save_as_diffusers_flux(
 
 def _baked(model: ModelPatcher, text: NodeText) -> dict[str, Tensor]:
     """The diffusion model's weights on the CPU, with all patches applied."""
-    text.show("applying patches ...")
+    text.show("applying patches ...", "working")
     comfy.model_management.load_models_gpu([model])
     # What the host gives here applies a patch that is not yet in the weight when it is moved.
     state = model.model_state_dict_for_saving(model.model.diffusion_model, "diffusion_model.")

@@ -90,7 +90,7 @@ class ModulationAhead:
             return out
         state = self._states.setdefault(model, _State(self))
         foresee = partial(_foresee, model, t, transformer_options.get("sample_sigmas"), kwargs)
-        with state.given(model.diffusion_model, patcher, foresee):
+        with self.text.guarded(), state.given(model.diffusion_model, patcher, foresee):
             out = executor(x, t, c_concat, c_crossattn, control, transformer_options, **kwargs)
             if transformer_options.get("patches_replace", {}).get("dit"):
                 state.refuse_changed_vector()
@@ -186,7 +186,7 @@ class _State:
             if foreseen.shape == vector.shape and foreseen.dtype == vector.dtype:
                 wanted.setdefault(content_key(foreseen), foreseen)
         wanted = {known: value for known, value in wanted.items() if known not in self.table}
-        self._owner.text.show(f"making modulation for {len(wanted)} vectors ahead ...")
+        self._owner.text.show(f"making modulation for {len(wanted)} vectors ahead ...", "working")
         rows: dict[Hashable, dict[str, Any]] = {known: {} for known in wanted}
         for path, module in self._modules.items():
             comfy.model_management.throw_exception_if_processing_interrupted()

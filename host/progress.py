@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import comfy.model_management
 import torch
 from server import PromptServer
 
@@ -18,8 +20,13 @@ _STATUSES: OrderedDict[tuple[str | None, str], dict[str, Any]] = OrderedDict()
 
 
 def statuses(workflow: str | None) -> dict[str, dict[str, Any]]:
-    """The last status of each node of a workflow, by node id."""
-    return {node: status for (of, node), status in list(_STATUSES.items()) if of == workflow}
+    """The last status of each node of a workflow and how many seconds ago it was told, by node id."""
+    now = time.time()
+    return {
+        node: {**status, "age": now - status["time"]}
+        for (of, node), status in list(_STATUSES.items())
+        if of == workflow
+    }
 
 
 @dataclass(frozen=True)
@@ -46,6 +53,7 @@ class NodeText:
         status = {
             "node": self.node_id,
             "workflow": workflow,
+            "time": time.time(),
             "state": state,
             "text": text,
             "reasons": [{"reason": reason, "advice": advice} for reason, advice in reasons],
@@ -58,6 +66,18 @@ class NodeText:
             _STATUSES.popitem(last=False)
         if server.client_id is not None:
             server.send_sync(EVENT, status, server.client_id)
+
+    @contextmanager
+    def guarded(self) -> Iterator[None]:
+        """Tell what ends the code within early, so that the node does not look as if it went on."""
+        try:
+            yield
+        # The host's interrupt is no Exception.
+        except BaseException as error:
+            interrupted = isinstance(error, comfy.model_management.InterruptProcessingException)
+            why = "interrupted" if interrupted else str(error) or type(error).__name__
+            self.show(f"stopped: {why}", "stopped")
+            raise
 
 
 @dataclass(frozen=True)
@@ -92,31 +112,36 @@ def _running_workflow(server: PromptServer) -> str | None:
 
 
 class StepClock:
-    """How long the last step that is known to have ended took, without waiting for the device."""
+    """How long the last step that is known to have ended took, without waiting for the device, and its kind."""
 
     def __init__(self) -> None:
-        self._events: tuple[torch.cuda.Event, torch.cuda.Event] | None = None
-        self._seconds: float | None = None
+        self._events: tuple[torch.cuda.Event, torch.cuda.Event, Hashable] | None = None
+        self._last: tuple[float, Hashable] | None = None
 
-    def time(self, device: torch.device, step: Callable[[], Any]) -> Any:
+    def time(self, device: torch.device, step: Callable[[], Any], kind: Hashable = None) -> Any:
         """Run ``step`` on ``device`` and return what it does."""
         if device.type != "cuda":
             started = time.perf_counter()
             out = step()
-            self._seconds = time.perf_counter() - started
+            self._last = time.perf_counter() - started, kind
             return out
-        events = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         stream = torch.cuda.current_stream(device)
-        events[0].record(stream)
+        start.record(stream)
         out = step()
-        events[1].record(stream)
-        self.seconds()
-        self._events = events
+        end.record(stream)
+        self.last()
+        self._events = start, end, kind
         return out
 
-    def seconds(self) -> float | None:
-        """Seconds of the last step; None before one has ended."""
+    def last(self) -> tuple[float, Hashable] | None:
+        """Seconds and kind of the last step; None before one has ended."""
         if self._events is not None and self._events[1].query():
-            self._seconds = self._events[0].elapsed_time(self._events[1]) / 1000
+            start, end, kind = self._events
+            self._last = start.elapsed_time(end) / 1000, kind
             self._events = None
-        return self._seconds
+        return self._last
+
+    def forget(self) -> None:
+        """The last step was none to tell of."""
+        self._events = self._last = None

@@ -89,7 +89,8 @@ def quantize_repeated_blocks(model: ModelPatcher, format: str, skip: str, text: 
     formats, counts = choose(diffusion_model, wanted, skip)
     last = _LAST.get(model.model)
     if last is None or last.formats != formats or last.patcher.load_device != model.load_device:
-        last = _LAST[model.model] = _quantize(model, formats, counts, text)
+        with text.guarded():
+            last = _LAST[model.model] = _quantize(model, formats, counts, text)
         _DONE[last.patcher.model] = last.done
     text.show(last.done.summary())
     return _clone_onto(model, last.patcher, format, skip)

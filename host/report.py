@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import asdict
 from typing import Any
 
@@ -11,13 +12,49 @@ from comfy.patcher_extension import WrappersMP
 from server import PromptServer
 
 from ..hotpath.compiled import Region
-from .compile import LATEST, REGIONS, WRAPPER_KEY, CompiledBlocks
+from .compile import LATEST, REGIONS, CompiledBlocks, compiled_blocks
 from .models import require_model
 from .modulation import LATEST as LATEST_AHEAD
 from .offload import KEY as OFFLOAD_KEY
 from .progress import statuses
 from .quantize import quantization, quantizations
 from .streaming import LATEST as LATEST_STREAMED
+
+# Term -> what shows that a report speaks of it, and what it means to who reads it.
+_TERMS = {
+    "region": (
+        r"\bregions?\b",
+        "All blocks of one kind, which run with the same compiled code. Flux.1 has two kinds, double and single.",
+    ),
+    "graph": (
+        r"\bgraphs?\b",
+        "One piece of compiled code. One for each region is the best there is. What differs in kind from before, such "
+        "as the first other batch size, makes one more.",
+    ),
+    "graph break": (
+        r"\bgraph breaks [1-9]|\bbroke\b",
+        "A place in a block that could not be compiled, so that the block became several graphs. The line of code is "
+        "named; with fullgraph on, the block runs eager instead.",
+    ),
+    "compiled again": (
+        r"\bcompiled again\b",
+        "An input differed from all before in a way that needs other code. It costs the time of compiling once. The "
+        "setting in brackets avoids it.",
+    ),
+    "eager": (
+        r"\beager\b",
+        "Without compiled code, as ComfyUI runs the blocks without this node: the same image, not as fast. The reason "
+        "is named.",
+    ),
+    "cache": (
+        r"\bcache\b",
+        "Compiled blocks are kept for the next start of ComfyUI. A miss names what differs from when they were kept.",
+    ),
+    "streamed": (
+        r"\bstreamed\b",
+        "Weights that stay in RAM and arrive on the GPU one block before they are used.",
+    ),
+}
 
 
 def report() -> dict[str, Any]:
@@ -76,19 +113,23 @@ def describe(model: ModelPatcher) -> str:
     quantized = quantization(model)
     lines = [quantized.summary()] if quantized else []
     lines += [ahead.summary() for ahead in model.get_wrappers(WrappersMP.APPLY_MODEL, OFFLOAD_KEY) if ahead.summary()]
-    compiled = model.get_wrappers(WrappersMP.APPLY_MODEL, WRAPPER_KEY)
-    if not compiled:
+    blocks = compiled_blocks(model)
+    if blocks is None:
         return "\n".join([*lines, "This MODEL does not pass through Compile Repeated Blocks."])
-    (blocks,) = compiled
     return "\n".join([*lines, *_lines(blocks)])
 
 
-def explain(node_id: str) -> str:
-    """The report on what one node of the canvas last did; empty when it has done nothing in this process."""
-    blocks, ahead = LATEST.get(node_id), LATEST_AHEAD.get(node_id)
-    if blocks is not None:
-        return "\n".join(_lines(blocks))
-    return ahead.summary() if ahead is not None else ""
+def explain(workflow: str | None, node_id: str) -> dict[str, Any]:
+    """What one node of a workflow last did, in lines, and the terms in them with what they mean."""
+    status = statuses(workflow).get(node_id)
+    if status is None:
+        return {"lines": [], "terms": {}}
+    blocks = LATEST.get(node_id)
+    # A node of another workflow may have the same id.
+    known = blocks is not None and blocks.summary() == status["text"]
+    lines = _lines(blocks) if blocks is not None and known else status["text"].splitlines()
+    text = "\n".join(lines).lower()
+    return {"lines": lines, "terms": {term: says for term, (sign, says) in _TERMS.items() if re.search(sign, text)}}
 
 
 def _lines(blocks: CompiledBlocks) -> list[str]:
@@ -123,7 +164,7 @@ def add_routes() -> None:
 
     @server.routes.get("/hotpath/explain")
     async def get_explanation(request: web.Request) -> web.Response:
-        return web.Response(text=explain(request.query.get("node", "")))
+        return web.json_response(explain(request.query.get("workflow"), request.query.get("node", "")))
 
     @server.routes.get("/hotpath/status")
     async def get_status(request: web.Request) -> web.Response:

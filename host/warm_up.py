@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import comfy.utils
 from comfy.model_patcher import ModelPatcher
-from comfy.patcher_extension import WrappersMP
 
-from .compile import WRAPPER_KEY
+from .compile import compiled_blocks
 from .models import compiles_whole_model, require_model
 from .progress import NodeText
 from .synthetic import Inputs, read_batch_sizes, read_sizes, sample
@@ -20,9 +19,7 @@ def warm_up(model: ModelPatcher, sizes: str, batch_sizes: str, tokens: int, text
             or batch size can't be read.
     """
     require_model(model)
-    if not model.get_wrappers(WrappersMP.APPLY_MODEL, WRAPPER_KEY) and not compiles_whole_model(
-        model.model_options.get("transformer_options", {})
-    ):
+    if compiled_blocks(model) is None and not compiles_whole_model(model.model_options.get("transformer_options", {})):
         raise ValueError(
             "model: nothing compiles it, so there is nothing to warm up. Put Warm Up after Compile Repeated Blocks."
         )
@@ -33,9 +30,10 @@ def warm_up(model: ModelPatcher, sizes: str, batch_sizes: str, tokens: int, text
     ]
     bar = comfy.utils.ProgressBar(len(runs))
     lines = []
-    for number, inputs in enumerate(runs, 1):
-        text.show(f"warming up {inputs} ({number}/{len(runs)}) ...")
-        (seconds,) = sample(model, inputs, 1, lambda: bar.update(1))
-        lines.append(f"{inputs}: {seconds:.1f} s")
+    with text.guarded():
+        for number, inputs in enumerate(runs, 1):
+            text.show(f"warming up {inputs} ({number}/{len(runs)}) ...", "working")
+            (seconds,) = sample(model, inputs, 1, lambda: bar.update(1))
+            lines.append(f"{inputs}: {seconds:.1f} s")
     text.show(f"ready for {len(runs)} kind{'s' if len(runs) > 1 else ''} of input")
     return "\n".join(lines)

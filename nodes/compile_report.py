@@ -7,6 +7,7 @@ from typing import Any
 from comfy.model_patcher import ModelPatcher
 from comfy_api.latest import io, ui
 
+from ..host.progress import NodeText
 from ..host.report import describe
 
 
@@ -34,6 +35,7 @@ class CompileReport(io.ComfyNode):
                 ),
             ],
             outputs=[io.String.Output(display_name="report", tooltip="The text that the node shows.")],
+            hidden=[io.Hidden.unique_id],
             is_output_node=True,
         )
 
@@ -45,4 +47,5 @@ class CompileReport(io.ComfyNode):
     @classmethod
     def execute(cls, model: ModelPatcher, after: Any = None) -> io.NodeOutput:
         text = describe(model)
+        NodeText(cls.hidden.unique_id).show(text)
         return io.NodeOutput(text, ui=ui.PreviewText(text))

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import gc
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 from unittest.mock import patch
 from zlib import crc32
 
+import comfy.model_management
 import torch
 from aiohttp import web
 from comfy.model_base import BaseModel
@@ -205,7 +207,16 @@ def out_of_memory_backend(graph: Any, inputs: Any, **options: Any) -> Any:
     raise torch.OutOfMemoryError("out of memory while autotuning")
 
 
+def slow_backend(graph: Any, inputs: Any, **options: Any) -> Any:
+    """Takes long enough to be looked at."""
+    for _ in range(15):
+        time.sleep(0.1)
+        comfy.model_management.throw_exception_if_processing_interrupted()
+    return graph.forward
+
+
 register_backend(faulty_backend, name="hotpath_dev_faulty")
+register_backend(slow_backend, name="hotpath_dev_slow")
 register_backend(out_of_memory_backend, name="hotpath_dev_out_of_memory")
 
 

@@ -30,8 +30,8 @@ def vue(request):
 
 
 @pytest.fixture
-def page(live, vue):
-    with canvas(live.server, vue=vue, locale="zh") as shown:
+def page(browser, live, vue):
+    with canvas(browser, live.server, vue=vue, locale="zh") as shown:
         yield shown
         assert shown.errors == []
 

@@ -49,22 +49,21 @@ def test_each_example_opens_as_its_twin(live, page):
 def test_the_blueprint_from_the_search_box_to_compiled(live, page, request):
     # Another seed in each mode, or the host would take the sampler's result from its cache.
     ids = page.load(sampling(live.checkpoint, live.flux, width=128, height=128, steps=2, seed=len(request.node.name)))
-    page.add_by_search(BLUEPRINT.stem)
+    added = page.add(BLUEPRINT.stem, (800, 700))
     inner = page.page.evaluate(
-        """([title, ids]) => {
+        """([id, ids]) => {
             const graph = window.app.graph;
-            const find = (id) => graph._nodes.find((node) => String(node.id) === id);
-            const node = graph._nodes.find((node) => node.title === title);
+            const node = graph.getNodeById(id);
             node.widgets.find((widget) => widget.name === "8-bit weights").value = true;
             const inner = Object.fromEntries(node.subgraph._nodes.map((inner) => [inner.type, inner]));
             const compile = inner.HotPathCompileRepeatedBlocks.widgets;
             compile.find((widget) => widget.name === "backend").value = "aot_eager";
             compile.find((widget) => widget.name === "cache").value = "off";
-            find(ids.model).connect(0, node, 0);
-            node.connect(0, find(ids.sampler), 0);
+            graph.getNodeById(ids.model).connect(0, node, 0);
+            node.connect(0, graph.getNodeById(ids.sampler), 0);
             return Object.fromEntries(Object.keys(inner).map((type) => [type, `${node.id}:${inner[type].id}`]));
         }""",
-        [BLUEPRINT.stem, ids],
+        [added, ids],
     )
     page.queue()
     page.wait_for_queue()

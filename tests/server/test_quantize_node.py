@@ -46,7 +46,7 @@ def test_the_node_shows_what_it_did_and_does_it_once(small_flux, formats):
     texts = [text for node, text in result.texts if node == "quantize"]
     assert texts[0] == "quantizing 29 layers ..."
     assert texts[1].startswith("quantized: blocks ")
-    assert f"; 22 layers in {formats[0]}, 7 modulation layers in " in texts[1]
+    assert f"; 22 layers in {formats[1]}, 7 modulation layers in " in texts[1]
     assert any(event.type == "progress" and event.data.get("node") == "quantize" for event in result.events)
     again = small_flux.sample(quantized=formats[0], loras=[("style.safetensors", 0.31)])
     texts = [text for node, text in again.texts if node == "quantize"]
