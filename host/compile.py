@@ -295,7 +295,7 @@ class CompiledBlocks:
                 self._check_machine(region, device, dtypes)
                 self._announce(region)
             with nullcontext() if attend is None else attention_scope(attend):
-                out = region(weights, inputs, token_dims(inputs))
+                out = region(weights, inputs, token_dims(inputs), functools.partial(self._announce, region))
         except RegionFailed as failure:
             # Trying again for each of the other blocks would fail as slowly each time.
             self._failed[region] = str(failure)
@@ -330,11 +330,10 @@ class CompiledBlocks:
     def _announce(self, region: Region) -> None:
         expected = len({plan.key for plan in self._plans.values()})
         number = len(self.regions) + 1
-        self.text.show(
-            f"compiling {region.name} region ({number}/{max(number, expected)}) ...",
-            "compiling",
-            region=f"{region.name} ({number} of {max(number, expected)})",
-        )
+        done, place = f" ({number}/{max(number, expected)})", f" ({number} of {max(number, expected)})"
+        if region.compiled:
+            done = place = " again"
+        self.text.show(f"compiling {region.name} region{done} ...", "compiling", region=f"{region.name}{place}")
 
     def _note_eager(self, reason: str, block: str) -> None:
         if reason not in self._told:

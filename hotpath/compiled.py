@@ -202,7 +202,11 @@ class Region:
         return self.compiled
 
     def __call__(
-        self, weights: dict[str, Tensor], inputs: dict[str, Any], dynamic_dims: Mapping[str, Sequence[int]]
+        self,
+        weights: dict[str, Tensor],
+        inputs: dict[str, Any],
+        dynamic_dims: Mapping[str, Sequence[int]],
+        announce: Callable[[], None] = lambda: None,
     ) -> Any:
         """Run the block.
 
@@ -211,6 +215,7 @@ class Region:
                 compute in.
             inputs: tensors, None, or lists, tuples and dataclasses of them.
             dynamic_dims: name of a tensor among the inputs -> its token dimensions.
+            announce: called before it is compiled once more, where that is known before: with ``kept``.
 
         Raises:
             RegionFailed: it had to be compiled and could not be.
@@ -218,6 +223,8 @@ class Region:
         for graph in self._graphs:
             if graph.accepts(weights, inputs):
                 return graph(weights, inputs)
+        if self._graphs and self._kept is not None:
+            announce()
         # Newer PyTorch tells marked tensors from others, also in a graph that was compiled for either.
         if self.settings.dynamic != "never":
             for name, dims in dynamic_dims.items():

@@ -109,6 +109,20 @@ def test_weights_loras_prompts_and_seeds_do_not_matter(restart, flux_weights):
 
 
 @needs_ahead
+def test_compiling_again_is_told_while_it_lasts():
+    fast = kept(load(checkpoints.flux1(1, 1)))
+    for batch in (1, 2):
+        sample(fast, batch=batch, steps=1)
+    told = [text for text in compiled_blocks(fast).text.seen if text.startswith("compiling")]
+    assert told == [
+        "compiling double block region (1/2) ...",
+        "compiling single block region (2/2) ...",
+        "compiling double block region again ...",
+        "compiling single block region again ...",
+    ]
+
+
+@needs_ahead
 def test_code_of_the_host_that_another_pack_replaced_is_compiled_anew(restart, monkeypatch):
     model = load(checkpoints.flux1(1, 1))
     before = sample(kept(model))
