@@ -79,8 +79,8 @@ def test_the_benchmark_twin_measures_both_sides(server):
     assert (find(workflow, COMPILE), COMPILED) in {(node, text.split(",")[0]) for node, text in result.texts}
     shown = result.history["outputs"]
     text = shown[find(workflow, "Benchmark")]["text"][0]
-    assert text.startswith("128x128, batch 1, 16 text tokens, 2 steps")
-    assert "\nmodel: " in text and "\ncompare_with: " in text
+    assert text.startswith("Flux, 128x128, batch 1, 16 text tokens, 2 steps")
+    assert "\ncompiled: " in text and "\neager: " in text
     assert len(shown[find(workflow, "SaveImage")]["images"]) == 1
 
 

@@ -70,7 +70,7 @@ def test_bad_input_is_an_error_that_says_what_to_do(small_flux, formats, inputs,
 
 
 def test_saved_and_loaded_again_by_the_host_alone(small_flux, formats):
-    format = next(format for format in formats if format != "fp8_e4m3_rowwise")
+    format = next(format for format in formats[1:] if format != "fp8_e4m3_rowwise")
     workflow = sampling(small_flux.checkpoint, small_flux.flux, quantized=format, loras=LORA)
     workflow["keep"] = {
         "class_type": "ModelSave",
