@@ -64,7 +64,7 @@ def test_what_the_processor_has_is_used_at_once(tmp_path, widest):
 
 def test_a_compiler_that_lacks_it_gets_the_next(tmp_path, widest):
     compiler = tmp_path / "compiler"
-    compiler.write_text(COMPILER.format(refused=widest.build_arch_flags().split()[-1]), encoding="utf-8")
+    compiler.write_text(COMPILER.format(refused=widest.build_arch_flags().split()[0]), encoding="utf-8")
     compiler.chmod(0o755)
     used, probed = first_steps(tmp_path, CXX=str(compiler))
     assert probed and used != str(widest)
