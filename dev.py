@@ -36,7 +36,7 @@ COMMANDS = {
     "demo": "compare a Flux eager and compiled; options --model FILE, --steps N, --size WxH, --out DIR, --json FILE",
     "test": "run the tests; options are pytest's; --matrix: with every ComfyUI and PyTorch supported, in turn",
     "bench": "compare with other ways to compile; options --blocks D+S, --quick, --rounds N, --json FILE, --plot FILE; "
-    "or --model FILE, --soak N, --quantize, --memory, --start",
+    "or --model FILE, --soak N, --quantize, --memory, --offload, --start",
     "pictures": "remake the README's pictures of the canvas; needs a Chromium",
     "serve": "run ComfyUI with this pack for a browser; options --port N, -- ARGUMENTS OF COMFYUI",
     "package": "validate, lint and pack for the Comfy registry, into node.zip",

@@ -21,7 +21,7 @@ from ..hotpath.memory import peak_bytes
 from .compile import compiled_blocks
 from .eager_steps import EagerSteps
 from .flux import require_blocks
-from .models import compiles_whole_model, require_model
+from .models import compiled_as_a_whole, require_model
 from .offload import KEY as OFFLOAD_KEY
 from .progress import NodeText
 from .quantize import quantization, weight_bytes
@@ -113,21 +113,17 @@ def _name(model: ModelPatcher) -> str:
     )
     if model.get_wrappers(WrappersMP.APPLY_MODEL, OFFLOAD_KEY):
         parts.append("offloaded")
-    if _compiled_as_a_whole(model):
+    if compiled_as_a_whole(model):
         parts.append("compiled as a whole")
     else:
         parts.append("eager" if compiled_blocks(model) is None else "compiled")
     return " + ".join(parts)
 
 
-def _compiled_as_a_whole(model: ModelPatcher) -> bool:
-    return compiles_whole_model(model.model_options.get("transformer_options", {}))
-
-
 def _run(side: Side, model: ModelPatcher, inputs: Inputs, steps: int, first: bool, bar: Any) -> None:
     device, apart = model.load_device, 0
     blocks, measured = compiled_blocks(model), model.clone()
-    if blocks is None and not _compiled_as_a_whole(model):
+    if blocks is None and not compiled_as_a_whole(model):
         measured.add_wrapper_with_key(WrappersMP.APPLY_MODEL, _KEY, EagerSteps())
 
     def on_step() -> None:

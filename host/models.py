@@ -31,3 +31,8 @@ def why_untouched(patcher: ModelPatcher | None, options: Mapping[str, Any]) -> s
 def compiles_whole_model(options: Mapping[str, Any]) -> bool:
     """Whether the host's own node, or one like it, compiles all of the model that samples under these options."""
     return COMPILE_KEY in options.get("wrappers", {}).get(WrappersMP.APPLY_MODEL, {})
+
+
+def compiled_as_a_whole(model: ModelPatcher) -> bool:
+    """Whether that node is on ``model``."""
+    return compiles_whole_model(model.model_options.get("transformer_options", {}))
