@@ -172,7 +172,8 @@ def plan_block(block: nn.Module, plain_layer: PlainLayer, layer_state: LayerStat
             return _GivenLayer(path)
         plain = plain_layer(module)
         if plain is not None:
-            layers.append(here)
+            if any(True for _ in plain.parameters()):
+                layers.append(here)
             key.append((path, type(plain), plain.extra_repr()))
             return plain
         if module._parameters or module._buffers:
