@@ -29,7 +29,7 @@ from ..hotpath.template import Around, BlockPlan, NotHoistable, plan_block
 from .artifacts import kept_region
 from .eager_steps import eager_seconds, note_quickest, step_kind
 from .flux import KINDS, BlockKind, attention_for, bind_for, region_inputs, require_blocks, token_dims
-from .models import compiles_whole_model, require_model
+from .models import compiles_whole_model, require_model, to_device
 from .progress import NodeText, StepClock
 from .weights import block_weights, layer_state, plain_layer
 
@@ -141,14 +141,16 @@ class CompiledBlocks:
         transformer_options: Mapping[str, Any] = MappingProxyType({}),
         **kwargs: Any,
     ) -> Any:
-        """A wrapper of the host's ``apply_model``; arguments are passed on untouched."""
+        """A wrapper of the host's ``apply_model``; arguments are passed on as they are, conditioning on the device."""
         self.compiled.clear()
         self.eager.clear()
+        spent, kind = self.seconds, step_kind(executor.class_obj, x, c_crossattn)
+        c_concat, c_crossattn = (to_device(cond, x.device) for cond in (c_concat, c_crossattn))
+        kwargs = {name: to_device(cond, x.device) for name, cond in kwargs.items()}
 
         def step() -> Any:
             return executor(x, t, c_concat, c_crossattn, control, transformer_options, **kwargs)
 
-        spent, kind = self.seconds, step_kind(executor.class_obj, x, c_crossattn)
         with self.text.guarded():
             if compiles_whole_model(transformer_options):
                 self._note_eager("another node compiles the whole model; remove one of the two", "the model")

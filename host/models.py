@@ -9,12 +9,26 @@ import torch
 from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import WrappersMP
 from comfy_api.torch_helpers.torch_compile import COMPILE_KEY
+from torch import Tensor
 
 
 def require_model(model: Any) -> None:
     """Raise ValueError for anything else, which a client of the HTTP API may post and the host passes on."""
     if not isinstance(model, ModelPatcher):
         raise ValueError(f"model: this is {type(model).__name__} and no MODEL. Connect the output of a model loader.")
+
+
+def to_device(conditioning: Any, device: torch.device) -> Any:
+    """A tensor, or each tensor of a list, on ``device``; anything else as it is.
+
+    The host keeps conditioning in RAM and copies it at each step. Such a copy first waits for the step before, so that
+    the GPU is idle until the next blocks are issued; one from pinned memory takes its turn in the stream.
+    """
+    if isinstance(conditioning, list):
+        return [to_device(item, device) for item in conditioning]
+    if device.type == "cuda" and isinstance(conditioning, Tensor) and conditioning.device.type == "cpu":
+        return conditioning.pin_memory().to(device, non_blocking=True)
+    return conditioning
 
 
 def why_untouched(patcher: ModelPatcher | None, options: Mapping[str, Any]) -> str | None:
