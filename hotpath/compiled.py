@@ -259,8 +259,14 @@ class Region:
 
     def _run(self, weights: dict[str, Tensor], inputs: dict[str, Any]) -> Any:
         try:
-            if self._kept is not None and (made := self._compile_ahead(self._kept, weights, inputs)):
-                return made(weights, inputs)
+            if self._kept is not None:
+                kept, facts = self._kept, self._kept.facts()
+                made = self._compile_ahead(weights, inputs)
+                if made is not None:
+                    out = made(weights, inputs)
+                    # Only now, as Triton chooses between variants of a kernel when it first runs.
+                    self._keep(kept, made, facts)
+                    return out
             with graph_limit(self._limit):
                 return self._compiled(weights, inputs)
         except FailOnRecompileLimitHit as error:
@@ -276,13 +282,13 @@ class Region:
             first_line = next(iter(str(inner).strip().splitlines()), type(inner).__name__)
             raise RegionFailed(self.name, first_line + source_line(getattr(error, "real_stack", ()))) from error
 
-    def _compile_ahead(self, kept: Kept, weights: dict[str, Tensor], inputs: dict[str, Any]) -> Graph | None:
-        """One more graph, compiled and stored; None when only the ordinary way is left."""
+    def _compile_ahead(self, weights: dict[str, Tensor], inputs: dict[str, Any]) -> Graph | None:
+        """One more graph; None when only the ordinary way is left."""
         if self._graphs:
             self._guard_failure = self._graphs[-1].why_not(weights, inputs)
             if len(self._graphs) >= self._limit:
                 raise FailOnRecompileLimitHit
-        tensors, facts = tensors_in(inputs), kept.facts()
+        tensors = tensors_in(inputs)
         sizes = tuple(tuple(tensor.shape) for tensor in tensors)
         if self.settings.dynamic == "auto":
             # As Dynamo does by itself: what has changed once may be anything.
@@ -293,14 +299,22 @@ class Region:
         try:
             made = compile_graph(self._function, self._closure, weights, inputs, sizes, self._options, self._dynamic)
         except NotAhead as reason:
-            self.stats.cache = f"off: {reason}"
-            log.warning("%s region can't be kept for the next start: %s", self.name, reason)
-            self._kept = None
+            self._keep_no_more(reason)
             return None
         self._graphs.append(made)
-        kept.add(made.data, facts)
-        self.stats.cache = kept.state
         return made
+
+    def _keep(self, kept: Kept, made: Graph, facts: Mapping[str, str]) -> None:
+        try:
+            kept.add(made.to_bytes(), facts)
+            self.stats.cache = kept.state
+        except NotAhead as reason:
+            self._keep_no_more(reason)
+
+    def _keep_no_more(self, reason: NotAhead) -> None:
+        self.stats.cache = f"off: {reason}"
+        log.warning("%s region can't be kept for the next start: %s", self.name, reason)
+        self._kept = None
 
 
 class RegionStore:

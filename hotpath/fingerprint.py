@@ -225,6 +225,10 @@ class Dependencies:
                 self._seen.append(dependency._seen)
         return True
 
+    def told(self) -> list[tuple[str, tuple[tuple[str, Any], ...], str]]:
+        """Module, path and description of each, which make it again in another process."""
+        return [(dependency.module, dependency.path, dependency.description) for dependency in self._each]
+
     def broken(self) -> Dependency | None:
         """One that doesn't hold; None where all do."""
         return next((dependency for dependency in self._each if not dependency.holds()), None)

@@ -56,12 +56,10 @@ def supported() -> bool:
 class Graph:
     """One graph of a region.
 
-    ``sizes`` are those of the tensors that it was compiled for, in the order of ``tensors_in``. ``data`` is what
-    ``load_graph`` reads.
+    ``sizes`` are those of the tensors that it was compiled for, in the order of ``tensors_in``.
     """
 
     sizes: tuple[tuple[int, ...], ...]
-    data: bytes
     _function: Any
     _dependencies: Dependencies
     _closure: Mapping[str, Any]
@@ -82,6 +80,21 @@ class Graph:
 
     def __call__(self, weights: dict[str, Tensor], inputs: dict[str, Any]) -> Any:
         return self._function.fn(weights, inputs)
+
+    def to_bytes(self) -> bytes:
+        """What ``load_graph`` reads. Of a compiled graph that has run, it holds those variants of its Triton kernels
+        that were the quickest.
+
+        Raises:
+            NotAhead: it can't be kept for another process.
+        """
+        try:
+            return _dump(self._function, self._dependencies, self._closure, self.sizes)
+        except NotAhead:
+            raise
+        except Exception as error:
+            # PyTorch's own code for this is young and raises what it likes.
+            raise NotAhead(_first_line(error)) from error
 
 
 def compile_graph(
@@ -124,9 +137,8 @@ def compile_graph(
             )
             made = compiled.aot_compile(((weights, inputs), {}))
         aliases, module = made._artifacts.runtime_env.import_sources, function.__module__
-        dependencies = tuple(global_dependency(name, aliases, module) for name in dict.fromkeys(names))
+        dependencies = [global_dependency(name, aliases, module) for name in dict.fromkeys(names)]
         _refuse_unseen(made, [function, *closure.values(), *(dependency.value() for dependency in dependencies)])
-        data = _dump(made, dependencies, closure, sizes)
     except PackageError as error:
         raise NotAhead(_first_line(error)) from error
     except TorchDynamoException:
@@ -134,11 +146,11 @@ def compile_graph(
     except Exception as error:
         # PyTorch's own code for this is young and raises what it likes.
         raise NotAhead(_first_line(error)) from error
-    return Graph(sizes, data, made, Dependencies(dependencies), closure)
+    return Graph(sizes, made, Dependencies(dependencies), closure)
 
 
 def load_graph(data: bytes, function: FunctionType, closure: Mapping[str, Any], scratch: Path) -> Graph:
-    """The graph of ``data``, which must come from ``Graph.data`` and be trusted: reading it runs code from it.
+    """The graph of ``data``, which must come from ``Graph.to_bytes`` and be trusted: reading it runs code from it.
 
     Args:
         function, closure: as when it was compiled.
@@ -173,12 +185,13 @@ def load_graph(data: bytes, function: FunctionType, closure: Mapping[str, Any], 
         raise
     except Exception as error:
         raise NotAhead(f"{type(error).__name__}: {_first_line(error)}") from error
-    return Graph(held["sizes"], data, made, dependencies, closure)
+    return Graph(held["sizes"], made, dependencies, closure)
 
 
-def _dump(made: Any, dependencies: tuple[Dependency, ...], closure: Mapping[str, Any], sizes: Any) -> bytes:
+def _dump(made: Any, dependencies: Dependencies, closure: Mapping[str, Any], sizes: Any) -> bytes:
     from torch._dynamo.aot_compile import AOTCompilePickler
     from torch._dynamo.package import SerializedCode, SourceInfo
+    from torch._inductor.codecache import PyCodeCache
 
     artifacts = made._artifacts
     env = artifacts.runtime_env
@@ -187,7 +200,10 @@ def _dump(made: Any, dependencies: tuple[Dependency, ...], closure: Mapping[str,
     with torch._functorch.config.patch(bundled_autograd_cache=True):
         entry = artifacts.compiled_fn.compiled_fn.serialize()
     graph = entry.compiled_fw.result
-    kernels = _kernels(graph)
+    module = next((known for known in reversed(PyCodeCache.modules) if _key(known) == graph.cache_key), None)
+    kernels = _kernels(graph.source_code, module)
+    if graph._triton_bundle:
+        _leave_quickest(graph._triton_bundle, module)
     graph.source_code = _lighter(graph.source_code).replace(_MAKES_KERNELS, _GIVES_KERNELS)
     state = {
         **vars(artifacts),
@@ -200,8 +216,7 @@ def _dump(made: Any, dependencies: tuple[Dependency, ...], closure: Mapping[str,
         "compiled_fn": entry,
     }
     # Nothing of this pack's own classes, whose module's name is the folder that the pack lies in.
-    told = [(dependency.module, dependency.path, dependency.description) for dependency in dependencies]
-    held = {"artifacts": state, "dependencies": told, "sizes": sizes, "kernels": kernels}
+    held = {"artifacts": state, "dependencies": dependencies.told(), "sizes": sizes, "kernels": kernels}
     buffer = io.BytesIO()
     pickler = AOTCompilePickler(dict(closure), buffer)
     pickler.dump(held)
@@ -218,14 +233,10 @@ def _refuse_unseen(made: Any, roots: list[Any]) -> None:
             raise NotAhead(f"it was traced through {source.module} line {source.firstlineno}")
 
 
-def _kernels(graph: Any) -> dict[str, bytes]:
-    """The machine code of each C++ kernel by the hash of its source."""
-    from torch._inductor.codecache import PyCodeCache
-
-    source = graph.source_code
+def _kernels(source: str, module: Any) -> dict[str, bytes]:
+    """The machine code of each C++ kernel of ``source``, which ``module`` was loaded from, by the hash of its own."""
     if source.count(_MAKES_KERNELS) != 1:
         raise NotAhead("Inductor generates another kind of code")
-    module = next((known for known in reversed(PyCodeCache.modules) if _key(known) == graph.cache_key), None)
     kernels = {}
     for node in ast.parse(source).body:
         call = node.value if isinstance(node, (ast.Assign, ast.Expr)) else None
@@ -239,6 +250,16 @@ def _kernels(graph: Any) -> dict[str, bytes]:
         elif kind not in ("triton", "wait"):
             raise NotAhead(f"a kernel of kind {kind} can't be kept")
     return kernels
+
+
+def _leave_quickest(bundle: Any, module: Any) -> None:
+    """Leave of each Triton kernel in ``bundle`` the variant that ``module`` chose, so that none is timed again."""
+    from torch._inductor.runtime.triton_heuristics import triton_config_to_hashable as name
+
+    for told in bundle.static_autotuners:
+        launchers, variants = getattr(module, told.kernel_name).launchers, told.kernel.compile_results
+        chosen = {name(launcher.config) for launcher in launchers}
+        told.kernel.compile_results = [known for known in variants if name(known.config) in chosen] or variants
 
 
 def _lighter(source: str) -> str:

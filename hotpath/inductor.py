@@ -9,6 +9,9 @@ from torch._inductor.cpu_vec_isa import supported_vec_isa_list, valid_vec_isa_li
 from torch._inductor.exc import CppCompileError
 
 _TRUSTED = "cpp.vec_isa_ok"
+# Variants of Triton kernels that Inductor thinks of after the others were compiled: no quicker in these blocks, they
+# bring back the compiler when a region is loaded.
+_LATE_VARIANTS = "dynamic_scale_rblock"
 
 
 def region_options(mode: str, probe: bool) -> dict[str, Any]:
@@ -17,7 +20,7 @@ def region_options(mode: str, probe: bool) -> dict[str, Any]:
     Without ``probe`` the C++ compiler is taken to have all instruction sets that the processor has. Inductor would find
     out by compiling and loading a program for each, which on a CPU takes a quarter of a region's first step.
     """
-    return {**torch._inductor.list_mode_options(mode), **({} if probe else {_TRUSTED: True})}
+    return {**torch._inductor.list_mode_options(mode), _LATE_VARIANTS: False, **({} if probe else {_TRUSTED: True})}
 
 
 def needs_probe(error: BaseException) -> bool:

@@ -30,7 +30,8 @@ from hotpath_pack.host.progress import NodeText
 from hotpath_pack.hotpath.compiled import CompileSettings
 from hotpath_pack.hotpath.counters import graphs_so_far
 
-model = gpu_host.load(2, 3, torch.float32, sys.argv[3] or None)
+dtype, shape = (torch.bfloat16, dict(hidden=3072)) if sys.argv[3] == "large" else (torch.float32, {})
+model = gpu_host.load(2, 3, dtype, sys.argv[3] if sys.argv[3].startswith("int8") else None, **shape)
 eager = {run: gpu_host.sample(model, **dict(run)) for run in ((), (("tokens", 77),), (("size", (320, 320)),))}
 started = []
 sys.addaudithook(lambda event, given: started.append(str(given[0])) if event == "subprocess.Popen" else None)
@@ -45,27 +46,28 @@ print(json.dumps({
     "started": started,
     "states": sorted({region.stats.cache for region in REGIONS}),
     "loading": sum(region.stats.load_seconds for region in REGIONS),
+    "tuned": "CachingAutotuner.benchmark_all_configs" in torch._dynamo.utils.compilation_time_metrics,
 }))
 """
 
 
-def start(tmp_path, name, format, **env):
+def start(tmp_path, name, kind, **env):
     """A process with compiler caches of its own."""
     caches = {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path / name), "TRITON_CACHE_DIR": str(tmp_path / f"{name}-triton")}
-    command = [sys.executable, "-c", PROCESS, str(ROOT), str(tmp_path / "user"), format]
+    command = [sys.executable, "-c", PROCESS, str(ROOT), str(tmp_path / "user"), kind]
     done = subprocess.run(command, env={**os.environ, **caches, **env}, capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stderr[-4000:]
     return json.loads(done.stdout.splitlines()[-1])
 
 
-@pytest.mark.parametrize("format, tolerance", [("", 1e-5), ("int8_tensorwise", 0.05)], ids=["fp32", "int8"])
-def test_the_second_start_compiles_nothing_and_starts_no_process(tmp_path, format, tolerance):
+@pytest.mark.parametrize("kind, tolerance", [("fp32", 1e-5), ("int8_tensorwise", 0.05), ("large", 0.02)])
+def test_the_second_start_compiles_nothing_and_starts_no_process(tmp_path, kind, tolerance):
     """Triton builds a module of its own for the driver with the C compiler when its cache is empty."""
-    first = start(tmp_path, "first", format)
-    assert (first["graphs"], first["states"]) == (2, ["miss: nothing was stored yet"])
-    second = start(tmp_path, "second", format)
+    first = start(tmp_path, "first", kind)
+    assert first["tuned"] and (first["graphs"], first["states"]) == (2, ["miss: nothing was stored yet"])
+    second = start(tmp_path, "second", kind)
     assert (second["graphs"], second["frames"], second["states"]) == (0, 0, ["hit"])
     assert max(first["differences"] + second["differences"]) < tolerance
     assert not [path for path in (tmp_path / "second").rglob("*.py")], "Inductor generated code"
     assert second["loading"] < 1
-    assert second["started"] == []
+    assert second["started"] == [] and not second["tuned"]
