@@ -25,11 +25,16 @@ from devtools.gpu_host import compiled, compiled_per_block, load, offload, quant
 GIB = 2**30
 TEXT_TOKENS = 512
 SIZES = ((1024, 1024), (768, 1344), (832, 1216))
+IMAGE_STEPS = 28
+ROUNDS = 2
 
 
 @dataclass
 class Side:
-    """One way to run the model. Times are in milliseconds, memory is of CUDA's allocator in GiB."""
+    """One way to run the model. Times of ``steps`` are in milliseconds, memory is of CUDA's allocator in GiB.
+
+    ``image_seconds``: of sampling ``IMAGE_STEPS`` steps on the clock, when all is compiled.
+    """
 
     name: str
     model: Any
@@ -42,6 +47,7 @@ class Side:
     moves: bool = False
     streamed_gib: float = 0.0
     predicted_ms: float = 0.0
+    image_seconds: float = 0.0
     steps: list[float] = field(default_factory=list)
 
 
@@ -49,7 +55,6 @@ def main(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="benchmarks.gpu", description=__doc__)
     parser.add_argument("--blocks", type=positive, nargs=2, default=(19, 38), metavar=("DOUBLE", "SINGLE"))
     parser.add_argument("--hidden", type=positive, default=3072, metavar="N")
-    parser.add_argument("--steps", type=positive, default=20, metavar="N", help="timed steps a side (default: 20)")
     parser.add_argument("--resident", action="store_true", help="without the host's dynamic VRAM")
     parser.add_argument("--formats", nargs="*", default=(), metavar="NAME", help="also quantized to these")
     parser.add_argument("--shares", type=int, nargs="*", default=(), metavar="PERCENT", help="also offloaded to these")
@@ -66,7 +71,8 @@ def main(arguments: Sequence[str]) -> int:
         for side in make_sides(given.blocks, given.hidden, given.formats, given.shares)
         if given.sides is None or side.name in given.sides
     ]
-    measure(sides, given.steps, ceilings["host to device GB/s"] * 1e6)
+    measure(sides, ceilings["host to device GB/s"] * 1e6)
+    sweep_sizes(sides)
     print_sides(sides)
     if given.profile:
         given.profile.mkdir(parents=True, exist_ok=True)
@@ -97,7 +103,6 @@ def make_sides(blocks: Sequence[int], hidden: int, formats: Sequence[str], share
         small = quantize(eager, format)
         print(f"{format}: quantized in {time.perf_counter() - started:.1f} s", flush=True)
         sides += [Side(format, small), Side(f"{format} ours", compiled(small))]
-        sides.append(Side(f"{format} ahead ours", compiled(offload(small))))
     for share in shares:
         for ahead in (1, 0):
             lean = offload(eager, budget=f"{share} %", prefetch_blocks=ahead)
@@ -147,12 +152,11 @@ def predict_streaming(side: Side, sides: Sequence[Side], bandwidth: float) -> No
         )
 
 
-def measure(sides: Sequence[Side], steps: int, bandwidth: float) -> None:
+def measure(sides: Sequence[Side], bandwidth: float) -> None:
     """Run the sides in turns; ``bandwidth`` of the bus in bytes a millisecond."""
     from hotpath_pack.hotpath.counters import graphs_so_far
 
     want, _ = run(sides[0].model, 1)
-    rounds = 4
     for side in sides:
         if not side.moves:
             run(sides[0].model, 1)
@@ -167,18 +171,29 @@ def measure(sides: Sequence[Side], steps: int, bandwidth: float) -> None:
         print(f"{side.name}: first step {side.cold_seconds:.1f} s, {side.graphs} graphs", flush=True)
         if side.moves:
             # In turns with others all of its weights would have to move each time.
-            torch.cuda.reset_peak_memory_stats()
-            side.steps = run(side.model, 1 + steps)[1][1:]
-            side.peak_steady = torch.cuda.max_memory_allocated() / GIB
-            print(f"{side.name}: {median(side.steps):.1f} ms a step", flush=True)
-    for _ in range(rounds):
+            for _ in range(ROUNDS):
+                measure_steps(side)
+    for _ in range(ROUNDS):
         for side in [side for side in sides if not side.moves]:
-            # The first step of a run may load weights.
-            torch.cuda.reset_peak_memory_stats()
-            side.steps += run(side.model, 1 + steps // rounds)[1][1:]
-            side.peak_steady = torch.cuda.max_memory_allocated() / GIB
+            measure_steps(side)
     for side in sides:
         predict_streaming(side, sides, bandwidth)
+
+
+def measure_steps(side: Side) -> None:
+    """A part of an image: the first step, which may load weights, is none of its steady ones."""
+    torch.cuda.reset_peak_memory_stats()
+    started = time.perf_counter()
+    side.steps += run(side.model, IMAGE_STEPS // ROUNDS)[1][1:]
+    side.image_seconds += time.perf_counter() - started
+    side.peak_steady = torch.cuda.max_memory_allocated() / GIB
+    print(f"{side.name}: {median(side.steps):.1f} ms a step", flush=True)
+
+
+def sweep_sizes(sides: Sequence[Side]) -> None:
+    """Count the graphs that two more sizes cost."""
+    from hotpath_pack.hotpath.counters import graphs_so_far
+
     for side in [side for side in sides if not side.moves]:
         graphs = graphs_so_far()
         for size in SIZES[1:]:
@@ -187,7 +202,8 @@ def measure(sides: Sequence[Side], steps: int, bandwidth: float) -> None:
 
 
 def measure_ceilings() -> dict[str, float]:
-    """What the machine can do at most: a large bf16 matrix product, and copies on the device and to it."""
+    """What the machine can do at most: a large bf16 matrix product, many of them, which lower the clocks of a card at
+    its power limit, and copies on the device and to it."""
 
     def milliseconds(work: Callable[[], Any]) -> float:
         times = []
@@ -206,20 +222,21 @@ def measure_ceilings() -> dict[str, float]:
     pinned = torch.empty(GIB, dtype=torch.uint8, pin_memory=True)
     return {
         "bf16 TFLOP/s": 2 * size**3 / milliseconds(lambda: a @ b) / 1e9,
+        "bf16 TFLOP/s for seconds": 200 * size**3 / milliseconds(lambda: [a @ b for _ in range(100)]) / 1e9,
         "device copy GB/s": 2 * GIB / milliseconds(lambda: target.copy_(source)) / 1e6,
         "host to device GB/s": GIB / milliseconds(lambda: target.copy_(pinned, non_blocking=True)) / 1e6,
     }
 
 
 def print_sides(sides: Sequence[Side]) -> None:
-    names = "ms/step,min,max,x eager,cold s,graphs,+2 sizes,peak 1st,steady GiB,rel. diff,GiB/step,predicted"
+    names = "ms/step,min,max,x eager,28 steps s,cold s,graphs,+2 sizes,peak 1st,steady GiB,rel. diff,GiB/step,predicted"
     header = names.split(",")
     print(f"\n{'':<20}" + "".join(f"{name:>11}" for name in header))
     base = median(sides[0].steps)
     for side in sides:
         middle = median(side.steps)
         row = [f"{middle:.1f}", f"{min(side.steps):.1f}", f"{max(side.steps):.1f}", f"{base / middle:.2f}"]
-        row += [f"{side.cold_seconds:.1f}", str(side.graphs), str(side.graphs_after_sizes)]
+        row += [f"{side.image_seconds:.2f}", f"{side.cold_seconds:.1f}", str(side.graphs), str(side.graphs_after_sizes)]
         row += [f"{side.peak_while_compiling:.1f}", f"{side.peak_steady:.1f}", f"{side.difference:.1e}"]
         row += [f"{side.streamed_gib:.1f}", f"{side.predicted_ms:.1f}"] if side.streamed_gib else []
         print(f"{side.name:<20}" + "".join(f"{value:>11}" for value in row))

@@ -22,6 +22,23 @@ def test_two_graphs_whatever_the_size_and_what_eager_gives():
     assert (graphs_so_far(), breaks_so_far()) == (before[0] + 2, before[1])
 
 
+@pytest.mark.parametrize("dynamic", [True, False], ids=["dynamic VRAM", "ordinary"])
+def test_a_step_is_issued_without_waiting_for_the_device(dynamic):
+    model = load(2, 3, torch.bfloat16, dynamic=dynamic)
+    fast = compiled(model)
+    sample(fast)
+
+    def unwaiting(apply_model, args):
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            return apply_model(args["input"], args["timestep"], **args["c"])
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    fast.set_model_unet_function_wrapper(unwaiting)
+    assert (sample(fast, steps=3) - sample(model, steps=3)).norm() / sample(model, steps=3).norm() < 0.02
+
+
 @pytest.mark.parametrize("format", ["float8_e4m3fn", "int8_tensorwise"])
 def test_quantized_checkpoints_run_as_two_graphs_as_the_host_computes_them(format, monkeypatch):
     from hotpath_pack.host import compile as host_compile

@@ -115,3 +115,29 @@ def test_copies_run_while_blocks_compute():
     computed = median(start.elapsed_time(end) for start, end in computes)
     whole = computes[blocks][0].elapsed_time(computes[-1][1]) / (blocks - 1)
     assert whole < 1.25 * max(copied, computed) < copied + computed
+
+
+def test_dynamic_vram_brings_the_next_block_while_one_computes():
+    import comfy.model_management
+
+    model = load(4, 8, torch.bfloat16, hidden=2048)
+    run = dict(size=(1024, 1024), tokens=512)
+    want = sample(model, **run, steps=2)
+    with torch.inference_mode():
+        comfy.model_management.unload_all_models()
+    fast = compiled(offload(model, budget="0 %"))
+    assert (sample(fast, **run, steps=2) - want).norm() / want.norm() < 0.02
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
+        sample(fast, **run, steps=3)
+        torch.cuda.synchronize()
+    spans = [
+        (event.name().startswith("Memcpy HtoD"), event.start_ns(), event.start_ns() + event.duration_ns())
+        for event in profiler.profiler.kineto_results.events()
+        if event.device_type() == torch.profiler.DeviceType.CUDA and event.duration_ns() > 50_000
+    ]
+    copies = [span for span in spans if span[0]]
+    computes = [span for span in spans if not span[0]]
+    both = sum(
+        max(0, min(end, copied) - max(start, began)) for _, start, end in computes for _, began, copied in copies
+    )
+    assert both > 0.7 * sum(end - start for _, start, end in computes)
