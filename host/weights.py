@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import LayerNorm, Linear, RMSNorm
 
 from ..hotpath.compiled import plain_tensor
-from ..hotpath.gelu import LogisticGelu
+from ..hotpath.gelu import TanhGelu
 from ..hotpath.template import NotHoistable
 from .quantized import format_in_use, quantized_layer, quantized_weights, quantizes_activations_itself
 
@@ -39,7 +39,7 @@ def plain_layer(module: Any) -> nn.Module | None:
             raise NotHoistable(f"a layer smooths its activations before it computes in {module.quant_format}")
         return _linear(module) if format_in_use(module) is None else quantized_layer(module)
     if kind is nn.GELU and module.approximate == "tanh":
-        return LogisticGelu()
+        return TanhGelu()
     base = next((known for known in (Linear, LayerNorm, RMSNorm) if issubclass(kind, known)), None)
     if base is None:
         if kind.__module__.startswith(_CONTAINERS):

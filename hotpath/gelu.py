@@ -1,4 +1,4 @@
-"""GELU in its tanh form, without a tanh."""
+"""GELU in its tanh form, on a GPU without a tanh."""
 
 from __future__ import annotations
 
@@ -6,21 +6,26 @@ from math import pi, sqrt
 
 import torch
 from torch import Tensor, nn
-
+from torch.nn.functional import gelu
 
 _LINEAR = sqrt(8 / pi)
 _CUBIC = 0.044715 * _LINEAR
 
 
-class LogisticGelu(nn.Module):
-    """``gelu(x, approximate="tanh")`` by the logistic function.
+def logistic_gelu(x: Tensor) -> Tensor:
+    """``gelu(x, approximate="tanh")`` by the logistic function, computed in float32 at least, in the dtype of ``x``.
 
-    ``0.5 * x * (1 + tanh(u)) = x / (1 + exp(-2 * u))`` with ``u = sqrt(2 / pi) * (x + 0.044715 * x ** 3)`` (Hendrycks and
-    Gimpel, "Gaussian Error Linear Units", arXiv:1606.08415). On a GPU Inductor's tanh takes longer than reading and
-    writing the activations, and its exp a fraction of that.
+    ``0.5 * x * (1 + tanh(u)) = x / (1 + exp(-2 * u))`` with ``u = sqrt(2 / pi) * (x + 0.044715 * x ** 3)`` (Hendrycks
+    and Gimpel, "Gaussian Error Linear Units", arXiv:1606.08415).
     """
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    return (wide / (1 + torch.exp(-wide * (_LINEAR + _CUBIC * (wide * wide))))).to(x.dtype)
+
+
+class TanhGelu(nn.Module):
+    """``gelu(x, approximate="tanh")``. On a GPU Inductor's tanh takes longer than reading and writing the activations,
+    and its exp a fraction of that."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """Any shape; computed in float32 at least, in the dtype of ``x``."""
-        wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        return (wide / (1 + torch.exp(-wide * (_LINEAR + _CUBIC * (wide * wide))))).to(x.dtype)
+        """Any shape; in the dtype of ``x``."""
+        return logistic_gelu(x) if x.is_cuda else gelu(x, approximate="tanh")
