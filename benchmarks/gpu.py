@@ -1,6 +1,7 @@
 """A model of Flux.1-dev's shape on one GPU: eager, and each way to compile it, measured in turns in one run.
 
     python -m benchmarks.gpu [--json FILE] [--profile FOLDER]
+    python -m benchmarks.gpu --start [--json FILE]
 
 Needs ``COMFYUI_PATH``; ``devtools.trimmed`` gathers a small one, with wheels, for a machine without a network.
 """
@@ -8,6 +9,7 @@ Needs ``COMFYUI_PATH``; ``devtools.trimmed`` gathers a small one, with wheels, f
 from __future__ import annotations
 
 import argparse
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -21,6 +23,7 @@ from torch import Tensor
 from devtools import gpu_host
 from devtools.cli import positive, run_tool, write_json
 from devtools.gpu_host import compiled, compiled_per_block, load, offload, quantize, sample
+from devtools.gpu_start import start
 
 GIB = 2**30
 TEXT_TOKENS = 512
@@ -60,8 +63,13 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--shares", type=int, nargs="*", default=(), metavar="PERCENT", help="also offloaded to these")
     parser.add_argument("--sides", nargs="+", metavar="NAME", help="only these")
     parser.add_argument("--profile", type=Path, metavar="FOLDER", help="also write each side's kernels there")
+    parser.add_argument(
+        "--start", action="store_true", help="only the first step, compiled and loaded, in new processes"
+    )
     parser.add_argument("--json", type=Path, metavar="FILE")
     given = parser.parse_args(arguments)
+    if given.start:
+        return measure_starts(given.json)
     gpu_host.start(dynamic_vram=not given.resident)
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, CUDA {torch.version.cuda}")
     ceilings = measure_ceilings()
@@ -81,6 +89,19 @@ def main(arguments: Sequence[str]) -> int:
     if given.json:
         numbers = [{name: value for name, value in vars(side).items() if name != "model"} for side in sides]
         write_json(given.json, {"device": torch.cuda.get_device_name(), "ceilings": ceilings, "sides": numbers})
+    return 0
+
+
+def measure_starts(json: Path | None) -> int:
+    """Each start with empty compiler caches; the second finds what the first stored."""
+    with tempfile.TemporaryDirectory(prefix="hotpath-") as temporary:
+        folder = Path(temporary)
+        starts = {name: start(folder / name, folder / "user", "wide") for name in ("compiled", "loaded")}
+    for name, found in starts.items():
+        counts = f"{found['graphs']} graphs, {found['frames']} Dynamo frames, {len(found['processes'])} processes"
+        print(f"{name}: first step {found['first step']:.2f} s, of it loading {found['loading']:.2f} s, {counts}")
+    if json:
+        write_json(json, starts)
     return 0
 
 
