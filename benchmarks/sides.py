@@ -74,7 +74,9 @@ class HostSide:
     def __init__(self, folder: Path, compiled: Callable[[Any], Any]) -> None:
         import comfy.sd
 
-        self._base = comfy.sd.load_diffusion_model(str(folder / CHECKPOINT))
+        # As nodes do.
+        with torch.inference_mode():
+            self._base = comfy.sd.load_diffusion_model(str(folder / CHECKPOINT))
         self._lora = load_file(folder / LORA)
         self._compiled = compiled
         # Nodes run again when what goes into them changes.
