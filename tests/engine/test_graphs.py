@@ -235,6 +235,26 @@ def test_what_was_empty_and_was_filled_in_place_is_not_what_it_was(empty, fill, 
     assert holding()
 
 
+PAIR = ({}, 1)
+
+
+@pytest.mark.parametrize("place", [(("attribute", "PAIR"), ("item", 1)), (("attribute", "DIMS"), ("item", "x"))])
+def test_an_item_replaced_is_not_what_it_was(place, monkeypatch):
+    at = [(("attribute", "PAIR"),), (("attribute", "PAIR"), ("item", 0)), place]
+    parts = [Dependency(__name__, path) for path in at]
+    for part in parts:
+        part.description = describe(part.value())
+    holding = Dependencies(parts).hold
+    assert holding() and holding()
+    PAIR[0]["filled"] = True
+    assert not holding()
+    PAIR[0].clear()
+    assert holding() and holding()
+    monkeypatch.setattr(sys.modules[__name__], "PAIR", ({}, 2))
+    monkeypatch.setitem(DIMS, "x", (2,))
+    assert not holding()
+
+
 def test_code_replaced_before_loading_is_named(folder):
     changed = replaced_function()
     next(changed)
