@@ -104,6 +104,24 @@ def test_what_the_guards_do_not_accept_is_compiled_and_kept_too(tmp_path):
         assert compiled.stats.graphs == made
 
 
+def in_inference_mode(make):
+    with torch.inference_mode():
+        return make()
+
+
+def test_no_graph_is_for_weights_or_inputs_of_another_kind(folder):
+    """The host goes by that where it looks no region up for a block."""
+    compiled, w, x = loaded(folder), weights(), torch.randn(1, 4, 8)
+    assert compiled.graph_for(w, {"x": x}) is not None
+    for other in (x.double(), x[0], x.to("meta"), [x], None, in_inference_mode(x.clone)):
+        assert compiled.graph_for(w, {"x": other}) is None
+    for inputs in ({"x": x, "scale": x}, {}, {"y": x}):
+        assert compiled.graph_for(w, inputs) is None
+    for name, weight in w.items():
+        for other in (weight.double(), nn.Parameter(weight), weight.to("meta"), in_inference_mode(weight.clone)):
+            assert compiled.graph_for({**w, name: other}, {"x": x}) is None
+
+
 def deterministic():
     torch.use_deterministic_algorithms(True)
     yield
