@@ -60,8 +60,8 @@ class Event:
 
 @dataclass
 class Side:
-    """``cold``: CPU seconds of the first step in each process; ``start``: of starting the compiler before it, which is
-    the same whatever it compiles; ``steps``: of each steady step."""
+    """``cold``: CPU seconds of the first step in each process; ``start``: of starting the compiler before it, with the
+    side's own options and whatever it compiles then; ``steps``: of each steady step."""
 
     start: list[float] = field(default_factory=list)
     cold: list[float] = field(default_factory=list)

@@ -16,6 +16,7 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -45,7 +46,7 @@ class Step:
 
 @dataclass(frozen=True)
 class Done:
-    """``start``: CPU seconds that the compiler took to start, before the first step and no part of it.
+    """``start``: CPU seconds that the compiler took to start as the side does, before the first step and no part of it.
 
     ``cpu``: CPU seconds of the step, in this process and its compilers. ``wall``: seconds on the clock. ``graphs``: all
     so far. ``memory``: bytes above what was resident before, where the system tells.
@@ -73,7 +74,9 @@ class HostSide:
     def __init__(self, folder: Path, compiled: Callable[[Any], Any]) -> None:
         import comfy.sd
 
-        self._base = comfy.sd.load_diffusion_model(str(folder / CHECKPOINT))
+        # As nodes do.
+        with torch.inference_mode():
+            self._base = comfy.sd.load_diffusion_model(str(folder / CHECKPOINT))
         self._lora = load_file(folder / LORA)
         self._compiled = compiled
         # Nodes run again when what goes into them changes.
@@ -217,21 +220,31 @@ def _status(name: str) -> int | None:
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:"))
 
 
-def start_compiler(backend: str) -> float:
-    """CPU seconds for the least there is to compile: imports and C++ headers, the same whatever comes after."""
+def compiler_options(name: str, backend: str) -> dict[str, Any] | None:
+    """Inductor's options that the side ``name`` compiles with; None where it leaves them as they are."""
+    from hotpath_pack.hotpath.inductor import region_options
+
+    return region_options("default", probe=False) if name == "ours" and backend == "inductor" else None
+
+
+def start_compiler(backend: str, options: dict[str, Any] | None) -> float:
+    """CPU seconds for the least there is to compile: imports, C++ headers, and the instruction sets that Inductor
+    probes with these options."""
     before = cpu_seconds()
-    torch.compile(lambda x: x + 1, backend=backend)(torch.zeros(8))
+    torch.compile(lambda x: x + 1, backend=backend, options=options)(torch.zeros(8))
     # Its graph is none of the side's.
     torch._dynamo.utils.counters.clear()
     return cpu_seconds() - before
 
 
-def run_step(side: HostSide | DiffusersSide, step: Step, output: Path, backend: str | None) -> Done:
-    """``backend``: the compiler to start first; None where it has started, or none is used."""
+def run_step(
+    side: HostSide | DiffusersSide, step: Step, output: Path, start: Callable[[], float] | None = None
+) -> Done:
+    """``start``: starts the compiler first; None where it has started, or none is used."""
     from hotpath_pack.hotpath.counters import graphs_so_far
 
     run = side.prepare(step)
-    start = 0.0 if backend is None else start_compiler(backend)
+    started = 0.0 if start is None else start()
     before = _status("VmRSS")
     if before is not None:
         # Linux measures the peak anew from here.
@@ -249,7 +262,7 @@ def run_step(side: HostSide | DiffusersSide, step: Step, output: Path, backend: 
     save_file({"out": out.contiguous().clone()}, output)
     memory = None if before is None or peak is None else peak - before
     cpu, wall = took
-    return Done(start, cpu, wall, graphs_so_far(), memory, str(output))
+    return Done(started, cpu, wall, graphs_so_far(), memory, str(output))
 
 
 def main(name: str, folder: Path, backend: str) -> None:
@@ -268,7 +281,8 @@ def main(name: str, folder: Path, backend: str) -> None:
     side = make_side(name, folder, backend)
     versions = {"torch": torch.__version__, "ComfyUI": comfyui, "diffusers": version("diffusers")}
     print(json.dumps(versions), file=answers, flush=True)
-    to_start = None if name == "eager" else backend
+    start = partial(start_compiler, backend, compiler_options(name, backend))
+    to_start = None if name == "eager" else start
     for number, line in enumerate(sys.stdin):
         output = folder / f"{name} {os.getpid()} {number}.safetensors"
         done, to_start = run_step(side, Step(**json.loads(line)), output, to_start), None

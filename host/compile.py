@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from ..hotpath.artifacts import FIRST_TIME
 from ..hotpath.attention import Attend, attention_scope
-from ..hotpath.compiled import CompileSettings, Region, RegionFailed, RegionStore, input_kinds
+from ..hotpath.compiled import Bind, CompileSettings, Region, RegionFailed, RegionStore, input_kinds
 from ..hotpath.fingerprint import NotPortable
 from ..hotpath.preflight import compile_problems
 from ..hotpath.reasons import how_to_avoid
@@ -31,7 +31,7 @@ from .eager_steps import eager_seconds, note_quickest, step_kind
 from .flux import KINDS, BlockKind, attention_for, bind_for, region_inputs, require_blocks, token_dims
 from .models import compiles_whole_model, require_model, to_device
 from .progress import NodeText, StepClock
-from .weights import block_weights, layer_state, plain_layer
+from .weights import Layers, block_weights, in_place, layer_states, plain_layer
 
 log = logging.getLogger(__name__)
 
@@ -119,6 +119,7 @@ class CompiledBlocks:
         self.recompiles: list[str] = []
         self._shown_before = 0
         self._failed: dict[Region, str] = {}
+        self._recent: dict[Hashable, Region] = {}
         self._told: set[str] = set()
         self._plans: weakref.WeakKeyDictionary[nn.Module, BlockPlan] = weakref.WeakKeyDictionary()
         self._clock = StepClock()
@@ -144,6 +145,7 @@ class CompiledBlocks:
         """A wrapper of the host's ``apply_model``; arguments are passed on as they are, conditioning on the device."""
         self.compiled.clear()
         self.eager.clear()
+        self._recent.clear()
         spent, kind = self.seconds, step_kind(executor.class_obj, x, c_crossattn)
         c_concat, c_crossattn = (to_device(cond, x.device) for cond in (c_concat, c_crossattn))
         kwargs = {name: to_device(cond, x.device) for name, cond in kwargs.items()}
@@ -221,20 +223,20 @@ class CompiledBlocks:
             if torch.compiler.is_compiling():
                 return block.forward(*args, **kwargs)
             comfy.model_management.throw_exception_if_processing_interrupted()
-            inputs = {**dict(zip(kind.parameters[: len(args)], args, strict=True)), **kwargs}
+            inputs = dict(zip(kind.parameters[: len(args)], args, strict=True))
+            inputs.update(kwargs)
             activation = inputs[kind.activation]
             try:
                 if torch.is_grad_enabled():
                     raise NotHoistable("gradients are being recorded, and weights enter a region without theirs")
                 attend = attention_for(inputs.get("transformer_options", {}))
-                layers = self._layers(block)
-                given = self._plans[block].given
-                if given:
-                    outputs = {path: block.get_submodule(path)(inputs[_VECTOR]) for path in given}
-                    inputs = {**inputs, _VECTOR: outputs}
-                with block_weights(layers, activation) as weights:
+                plan, layers = self._planned(block)
+                if plan.given:
+                    inputs[_VECTOR] = {path: block.get_submodule(path)(inputs[_VECTOR]) for path in plan.given}
+                with in_place(layers, activation.device):
+                    weights = block_weights(layers, activation)
                     taken = region_inputs(inputs, activation, dynamic=self.settings.dynamic != "never")
-                    return self._run_region(kind, block, weights, taken, attend)
+                    return self._run_compiled(kind, plan, weights, taken, attend)
             except NotHoistable as reason:
                 self._note_eager(str(reason), f"{kind.name} block {index}")
             except RegionFailed as failure:
@@ -245,36 +247,60 @@ class CompiledBlocks:
             return block.forward(*args, **kwargs)
         finally:
             if swapped is not None:
-                block.forward = swapped
+                block.__dict__["forward"] = swapped
 
-    def _layers(self, block: nn.Module) -> list[tuple[str, nn.Module, Hashable]]:
+    def _planned(self, block: nn.Module) -> tuple[BlockPlan, Layers]:
+        """The plan of ``block``, made anew where the block is not as it was, and its layers."""
         plan = self._plans.get(block)
         if plan is not None:
             try:
-                return plan.layers(block)
+                return plan, plan.layers(block)
             except NotHoistable:
                 del self._plans[block]
-        plan = self._plans[block] = plan_block(block, plain_layer, layer_state)
-        return plan.layers(block)
+        plan = self._plans[block] = plan_block(block, plain_layer, layer_states)
+        return plan, plan.layers(block)
 
     def _plan(self, block: nn.Module) -> None:
         """Plan ahead, to know how many regions there will be; what can't be planned says why when it runs."""
         with suppress(NotHoistable):
-            self._layers(block)
+            self._planned(block)
 
-    def _run_region(
+    def _run_compiled(
         self,
         kind: BlockKind,
-        block: nn.Module,
+        plan: BlockPlan,
         weights: dict[str, Tensor],
         inputs: dict[str, Any],
         attend: Attend | None,
     ) -> Any:
-        plan, bind = self._plans[block], bind_for(attend, inputs[kind.activation].device)
+        """Run the block as its region: the one that a block like it had in this step, or the one of its key."""
+        device = inputs[kind.activation].device
+        bind = bind_for(attend, device)
+        like = plan.key, bind, device, torch.is_inference_mode_enabled()
+        region = self._recent.get(like)
+        # For whatever else is in the key of a region its graphs have guards.
+        graph = None if region is None else region.graph_for(weights, inputs)
+        if graph is not None:
+            with nullcontext() if attend is None else attention_scope(attend):
+                out = graph(weights, inputs)
+        else:
+            out, self._recent[like] = self._run_region(kind, plan, bind, weights, inputs, attend)
+        self.compiled[kind.name] += 1
+        return out
+
+    def _run_region(
+        self,
+        kind: BlockKind,
+        plan: BlockPlan,
+        bind: Bind,
+        weights: dict[str, Tensor],
+        inputs: dict[str, Any],
+        attend: Attend | None,
+    ) -> tuple[Any, Region]:
         name = f"{kind.name} block" if attend is None else f"patched {kind.name} block"
+        device = inputs[kind.activation].device
         kinds = input_kinds(inputs, shapes=self.settings.dynamic == "never")
         dtypes = tuple(weight.dtype for weight in weights.values())
-        device = inputs[kind.activation].device
         key = (plan.key, bind, self.settings, kinds, dtypes, torch.is_inference_mode_enabled(), self.cache)
 
         def make() -> Region:
@@ -309,9 +335,8 @@ class CompiledBlocks:
         if first:
             self.load_seconds += region.stats.load_seconds
         self.regions.setdefault(region)
-        self.compiled[kind.name] += 1
         self.seconds += region.stats.seconds - spent
-        return out
+        return out, region
 
     def _note_recompile(self, reason: str) -> None:
         if reason not in self.recompiles:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Hashable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import PureWindowsPath
 from typing import Any
 
@@ -23,6 +23,8 @@ from ..hotpath.template import NotHoistable
 from .quantized import format_in_use, quantized_layer, quantized_weights, quantizes_activations_itself
 
 _CONTAINERS = (comfy.ldm.flux.layers.__name__, "torch.nn.modules")
+# The state of a mixed precision Linear that computes in no quantized format.
+_CAST = "cast"
 _MIXED_PRECISION_LINEAR = "mixed_precision_ops.<locals>.MixedPrecisionOps.Linear"
 
 
@@ -55,9 +57,10 @@ def plain_layer(module: Any) -> nn.Module | None:
     return RMSNorm(module.normalized_shape, module.eps, module.elementwise_affine, device="meta")
 
 
-def layer_state(layer: Any) -> str | None:
-    """How ``layer`` computes now where that may change without it changing: a quantized format, or None."""
-    return format_in_use(layer) if _is_mixed_precision_linear(type(layer)) else None
+def layer_states(kind: type) -> Callable[[Any], str] | None:
+    """What tells how a layer of this class computes now, where that may change without it changing: in which quantized
+    format, or with a weight that the host casts."""
+    return (lambda layer: format_in_use(layer) or _CAST) if _is_mixed_precision_linear(kind) else None
 
 
 def class_name(kind: type) -> str:
@@ -73,32 +76,41 @@ def refuse_replaced_forward(kind: type) -> None:
         raise NotHoistable(f"the forward of {class_name(kind)} was replaced")
 
 
-@contextmanager
-def block_weights(layers: Sequence[tuple[str, nn.Module, Hashable]], like: Tensor) -> Iterator[dict[str, Tensor]]:
-    """The weights of ``layers`` (path, layer, ``layer_state``), as the host would use them now, by parameter path.
+Layers = Sequence[tuple[str, nn.Module, Hashable]]
+"""Layers of a block that hold weights: path, layer, and its state as ``layer_states`` tells it."""
+
+
+def in_place(layers: Layers, device: torch.device) -> AbstractContextManager[None]:
+    """A scope in which the ``block_weights`` of ``layers`` stay valid on ``device``."""
+    if device.type == "cpu":
+        return nullcontext()
+    dynamic = [layer for _, layer, _ in layers if "_v" in layer.__dict__ and "_prefetch" not in layer.__dict__]
+    return _faulted_in(dynamic, device) if dynamic else nullcontext()
+
+
+def block_weights(layers: Layers, like: Tensor) -> dict[str, Tensor]:
+    """The weights of ``layers`` as the host would use them now, by parameter path.
 
     They are on ``like``'s device and, where the host casts, in its dtype, with all weight functions (LoRA in
-    low VRAM mode, wrappers) applied. They stay valid until the block ends.
+    low VRAM mode, wrappers) applied.
 
     Quantized layers give their data and scales.
 
     Raises:
         NotHoistable: the host would not use a quantized weight as it is kept or as the layer asks.
     """
-    dynamic = [layer for _, layer, _ in layers if "_v" in layer.__dict__ and "_prefetch" not in layer.__dict__]
-    with _faulted_in(dynamic, like.device) if dynamic and like.device.type != "cpu" else nullcontext():
-        weights = {}
-        for path, layer, format in layers:
-            if format is not None:
-                tensors = quantized_weights(layer, format, like)
-                weights.update({f"{path}.{name}": plain_tensor(tensor) for name, tensor in tensors.items()})
-                continue
-            weight, bias = _weight_and_bias(layer, like)
-            if weight is not None:
-                weights[f"{path}.weight"] = plain_tensor(weight)
-            if bias is not None:
-                weights[f"{path}.bias"] = plain_tensor(bias)
-        yield weights
+    weights = {}
+    for path, layer, state in layers:
+        if state is not None and state != _CAST:
+            tensors = quantized_weights(layer, state, like)
+            weights.update({f"{path}.{name}": plain_tensor(tensor) for name, tensor in tensors.items()})
+            continue
+        weight, bias = _weight_and_bias(layer, like, state == _CAST)
+        if weight is not None:
+            weights[f"{path}.weight"] = plain_tensor(weight)
+        if bias is not None:
+            weights[f"{path}.bias"] = plain_tensor(bias)
+    return weights
 
 
 @contextmanager
@@ -118,11 +130,9 @@ def _faulted_in(layers: Sequence[nn.Module], device: torch.device) -> Iterator[N
         comfy.model_prefetch.PREFETCH_QUEUES.remove(queue)
 
 
-def _weight_and_bias(layer: Any, like: Tensor) -> tuple[Tensor | None, Tensor | None]:
+def _weight_and_bias(layer: Any, like: Tensor, cast: bool) -> tuple[Tensor | None, Tensor | None]:
     weight, bias = layer._parameters.get("weight"), layer._parameters.get("bias")
-    if weight is None:
-        return None, bias
-    if not _is_mixed_precision_linear(type(layer)) and not _host_casts(layer):
+    if weight is None or not (cast or _host_casts(layer)):
         return weight, bias
     weight, bias = comfy.ops.cast_bias_weight(layer, like)
     if isinstance(weight, comfy.quant_ops.QuantizedTensor):

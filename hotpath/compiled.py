@@ -147,7 +147,8 @@ class Region:
         self.compiled = False
 
         def region(weights: dict[str, Tensor], inputs: dict[str, Any]) -> Any:
-            return functional_call(template, weights, (), dict(bind(inputs)))
+            # Defaults that are left out would be two more dependencies of each graph.
+            return functional_call(template, weights, (), dict(bind(inputs)), tie_weights=True, strict=False)
 
         # Dynamo keeps its cache and its recompile limit per code object, and per name which sizes it has seen vary, so
         # that a model of another width would make weights of any size. Each region gets both of its own.
@@ -192,7 +193,7 @@ class Region:
         except NotAhead as reason:
             self._kept.refuse(str(reason))
         self.stats.loaded = len(self._graphs)
-        self.compiled = any(graph.accepts(weights, inputs) for graph in self._graphs)
+        self.compiled = self.graph_for(weights, inputs) is not None
         if self._graphs:
             if not self.compiled:
                 self._kept.state = f"miss: {plain_reason(self._graphs[0].why_not(weights, inputs))}"
@@ -200,6 +201,10 @@ class Region:
             log.info("%s region loaded in %.2f s", self.name, self.stats.load_seconds)
         self.stats.cache = self._kept.state
         return self.compiled
+
+    def graph_for(self, weights: dict[str, Tensor], inputs: dict[str, Any]) -> Graph | None:
+        """A graph compiled ahead of time whose guards hold for these arguments, which runs the block as it is."""
+        return next((graph for graph in self._graphs if graph.accepts(weights, inputs)), None)
 
     def __call__(
         self,
@@ -220,9 +225,9 @@ class Region:
         Raises:
             RegionFailed: it had to be compiled and could not be.
         """
-        for graph in self._graphs:
-            if graph.accepts(weights, inputs):
-                return graph(weights, inputs)
+        graph = self.graph_for(weights, inputs)
+        if graph is not None:
+            return graph(weights, inputs)
         if self._graphs and self._kept is not None:
             announce()
         # Newer PyTorch tells marked tensors from others, also in a graph that was compiled for either.

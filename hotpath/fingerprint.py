@@ -9,10 +9,11 @@ import ast
 import hashlib
 import inspect
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass, field
-from functools import partial
-from operator import attrgetter, is_
+from functools import cached_property, partial
+from itertools import groupby
+from operator import attrgetter, is_, itemgetter
 from types import BuiltinFunctionType, CodeType, FunctionType, ModuleType
 from typing import Any
 
@@ -23,6 +24,9 @@ from .template import own_state
 
 _PACK = __name__.rpartition(".")[0].rpartition(".")[0]
 _PLAIN = (bool, int, float, complex, str, bytes, type(None), type(...), torch.dtype, torch.device)
+
+_GONE = (AttributeError, LookupError, TypeError)
+_CONTAINERS = (dict, list, set)
 
 _NOTHING = object()
 
@@ -155,39 +159,40 @@ class Dependency:
     path: tuple[tuple[str, Any], ...]
     description: str = ""
     _seen: Any = field(default=_NOTHING, init=False, repr=False, compare=False)
-    _empty: Any = field(default=_NOTHING, init=False, repr=False, compare=False)
-    _find: Callable[[], Any] | None = field(default=None, init=False, repr=False, compare=False)
+
+    @cached_property
+    def steps(self) -> tuple[Callable[[Any], Any], ...]:
+        """The way as calls, with all attributes that follow each other in one."""
+        steps: list[Callable[[Any], Any]] = []
+        for kind, run in groupby(self.path, key=itemgetter(0)):
+            names = [name for _, name in run]
+            if kind == "attribute":
+                steps.append(attrgetter(".".join(names)))
+            else:
+                steps += [itemgetter(name) if kind == "item" else type for name in names]
+        return tuple(steps)
 
     def value(self) -> Any:
         """Raises NotPortable when there is nothing of the name."""
-        found: Any = module_named(self.module)
+        module = module_named(self.module)
         try:
-            for step, name in self.path:
-                found = type(found) if step == "type" else found[name] if step == "item" else getattr(found, name)
-        except (AttributeError, LookupError, TypeError):
+            return _walk(module, self.steps)
+        except _GONE:
             raise NotPortable(f"{self} is gone") from None
-        return found
 
     def holds(self) -> bool:
         """Whether the value is what it was when the region was traced."""
-        # Asked before each call of a block, so that the way there is walked in C where it can be.
         try:
-            if self._find is None:
-                plain = all(step == "attribute" for step, _ in self.path)
-                way = ".".join(str(name) for _, name in self.path)
-                self._find = partial(attrgetter(way), module_named(self.module)) if plain else self.value
-            value = self._find()
-        except (NotPortable, AttributeError):
+            value = self.value()
+        except NotPortable:
             return False
-        if value is self._seen or (value is self._empty and not value):
+        if value is self._seen and not (isinstance(value, _CONTAINERS) and value):
             return True
         if describe(value) != self.description:
             return False
         # What may change in place is described anew each time, unless it was empty and is.
-        if not isinstance(value, Sized) or isinstance(value, (str, bytes, tuple)):
-            self._seen = value
-        elif isinstance(value, (dict, list, set)) and not value:
-            self._empty = value
+        fixed = not isinstance(value, Sized) or isinstance(value, (str, bytes, tuple))
+        self._seen = value if fixed or (isinstance(value, _CONTAINERS) and not value) else _NOTHING
         return True
 
     def __str__(self) -> str:
@@ -197,32 +202,63 @@ class Dependency:
         return text
 
 
+def _walk(found: Any, steps: Iterable[Callable[[Any], Any]]) -> Any:
+    for step in steps:
+        found = step(found)
+    return found
+
+
+class _Identities:
+    """The very objects that dependencies were found to hold by, with what finds them again in as few calls as it takes:
+    attributes of a module at once, and no items of a tuple, which are the same as long as it is."""
+
+    def __init__(self, dependencies: Sequence[Dependency]) -> None:
+        self._others = [each for each in dependencies if each._seen is _NOTHING]
+        known = [each for each in dependencies if each._seen is not _NOTHING]
+        self._empty = [each._seen for each in known if isinstance(each._seen, _CONTAINERS)]
+        self._seen: list[Any] = []
+        self._walks: list[Callable[[], Any]] = []
+        self._getters: list[Callable[[], tuple[Any, ...]]] = []
+        tuples = {(each.module, each.path) for each in known if type(each._seen) is tuple}
+        attributes: dict[str, list[Dependency]] = {}
+        for each in known:
+            if all(step == "attribute" for step, _ in each.path):
+                attributes.setdefault(each.module, []).append(each)
+            elif each.path[-1][0] != "item" or (each.module, each.path[:-1]) not in tuples:
+                self._walks.append(partial(_walk, module_named(each.module), each.steps))
+                self._seen.append(each._seen)
+        for module, group in attributes.items():
+            # For a single name there would be no tuple.
+            group.append(group[0])
+            names = [".".join(name for _, name in each.path) for each in group]
+            self._getters.append(partial(attrgetter(*names), module_named(module)))
+            self._seen += [each._seen for each in group]
+
+    def same(self) -> bool:
+        """Whether all of them are still in their places, and what was empty is."""
+        try:
+            found = [walk() for walk in self._walks]
+            for get in self._getters:
+                found += get()
+        except _GONE:
+            return False
+        return all(map(is_, found, self._seen)) and not any(self._empty) and all(map(Dependency.holds, self._others))
+
+
 class Dependencies:
-    """All that a graph depends on, asked before each call of a block: by identity in C once that has been enough."""
+    """All that a graph depends on, asked before each call of a block: by identity once that has been enough."""
 
     def __init__(self, each: Iterable[Dependency]) -> None:
         self._each = tuple(each)
-        self._finds: list[Callable[[], Any]] = []
-        self._seen: list[Any] = []
-        self._others: list[Dependency] = []
+        self._identities: _Identities | None = None
 
     def hold(self) -> bool:
         """Whether each of them does."""
-        try:
-            same = bool(self._finds) and all(map(is_, [find() for find in self._finds], self._seen))
-        except (NotPortable, AttributeError):
-            same = False
-        if same and all(map(Dependency.holds, self._others)):
+        if self._identities is not None and self._identities.same():
             return True
         if self.broken() is not None:
             return False
-        self._finds, self._seen, self._others = [], [], []
-        for dependency in self._each:
-            if dependency._find is None or dependency._seen is _NOTHING:
-                self._others.append(dependency)
-            else:
-                self._finds.append(dependency._find)
-                self._seen.append(dependency._seen)
+        self._identities = _Identities(self._each)
         return True
 
     def told(self) -> list[tuple[str, tuple[tuple[str, Any], ...], str]]:

@@ -64,22 +64,25 @@ class Graph:
     _dependencies: Dependencies
     _closure: Mapping[str, Any]
 
+    def __post_init__(self) -> None:
+        self._guards = self._function._artifacts.guard_manager
+        self._run = self._function.fn
+
     def accepts(self, weights: dict[str, Tensor], inputs: dict[str, Any]) -> bool:
         """Whether all that the graph was traced with is so in this call."""
-        guards = self._function._artifacts.guard_manager
-        return self._dependencies.hold() and guards.check({**self._closure, "weights": weights, "inputs": inputs})
+        arguments = {**self._closure, "weights": weights, "inputs": inputs}
+        return self._dependencies.hold() and self._guards.check(arguments)
 
     def why_not(self, weights: dict[str, Tensor], inputs: dict[str, Any]) -> str:
         """Dynamo's words for what differs, for a call that the graph does not accept."""
         broken = self._dependencies.broken()
         if broken is not None:
             return f"{broken} was replaced"
-        guards = self._function._artifacts.guard_manager
-        found = guards.check_verbose({**self._closure, "weights": weights, "inputs": inputs})
+        found = self._guards.check_verbose({**self._closure, "weights": weights, "inputs": inputs})
         return next(iter(found.verbose_code_parts), "unknown")
 
     def __call__(self, weights: dict[str, Tensor], inputs: dict[str, Any]) -> Any:
-        return self._function.fn(weights, inputs)
+        return self._run(weights, inputs)
 
     def to_bytes(self) -> bytes:
         """What ``load_graph`` reads. Of a compiled graph that has run, it holds those variants of its Triton kernels
@@ -131,7 +134,8 @@ def compile_graph(
         return keep
 
     try:
-        with _compiling, torch._dynamo.config.patch(enable_aot_compile=True):
+        # What it would record are two more calls at each run.
+        with _compiling, torch._dynamo.config.patch(enable_aot_compile=True, record_runtime_overhead=False):
             compiled: Any = torch.compile(
                 function, fullgraph=True, dynamic=dynamic, options={**options, "guard_filter_fn": portable}
             )

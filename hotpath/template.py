@@ -33,6 +33,9 @@ modules and is copied as it is. Raises NotHoistable for a module whose maths it 
 LayerState = Callable[[nn.Module], Hashable]
 """What may change about how a module computes while it stays the same; a plan holds as long as it is equal."""
 
+LayerStates = Callable[[type], "LayerState | None"]
+"""The ``LayerState`` of a class of modules; None for one whose modules always compute alike."""
+
 
 class Given:
     """A module's ``forward`` that hands out a result made elsewhere: a template takes that result as an input.
@@ -94,6 +97,7 @@ class _Place(NamedTuple):
     kind: type
     children: int
     given: bool
+    read_state: LayerState | None
     state: Hashable
 
 
@@ -110,7 +114,6 @@ class BlockPlan:
     given: tuple[str, ...]
     _layers: tuple[int, ...] = field(repr=False)
     _places: tuple[_Place, ...] = field(repr=False)
-    _state: LayerState = field(repr=False)
 
     def layers(self, block: nn.Module) -> list[tuple[str, nn.Module, Hashable]]:
         """The layers of ``block`` that hold weights: path, layer, and its state as planned.
@@ -119,17 +122,17 @@ class BlockPlan:
             NotHoistable: something was bolted onto the block, or swapped in it, since it was planned.
         """
         modules: list[nn.Module] = []
-        for path, parent, name, known, kind, children, given, state in self._places:
+        for path, parent, name, known, kind, children, given, read_state, state in self._places:
             module = modules[parent]._modules.get(name) if modules else block
             if module is None or module is not known() or type(module) is not kind:
                 raise NotHoistable(f"{path or 'the block'} was replaced")
             # Asked before each call of a block, so that what is as ever takes no call.
-            forward = module.__dict__.get("forward")
-            if forward is not None or module._forward_hooks or module._forward_pre_hooks:
+            overridden = "forward" in module.__dict__
+            if overridden or module._forward_hooks or module._forward_pre_hooks:
                 refuse_bolted_on(path, module)
             if len(module._modules) != children:
                 raise NotHoistable(f"{path or 'the block'} has other submodules")
-            if self._state(module) != state or isinstance(forward, Given) != given:
+            if (overridden and _is_given(module)) != given or (read_state is not None and read_state(module) != state):
                 raise NotHoistable(f"{path or 'the block'} computes in another way now")
             modules.append(module)
         return [(self._places[index].path, modules[index], self._places[index].state) for index in self._layers]
@@ -148,7 +151,7 @@ def refuse_bolted_on(path: str, module: nn.Module) -> None:
         raise NotHoistable(f"{path or 'the block'} ({type(module).__name__}) has an overridden forward")
 
 
-def plan_block(block: nn.Module, plain_layer: PlainLayer, layer_state: LayerState = lambda module: None) -> BlockPlan:
+def plan_block(block: nn.Module, plain_layer: PlainLayer, layer_states: LayerStates = lambda kind: None) -> BlockPlan:
     """Build the template of ``block`` from its structure, without reading or copying a weight.
 
     Raises:
@@ -165,8 +168,9 @@ def plan_block(block: nn.Module, plain_layer: PlainLayer, layer_state: LayerStat
         name = path.rpartition(".")[2]
         children = len(module._modules)
         given = _is_given(module)
-        state = layer_state(module)
-        places.append(_Place(path, parent, name, weakref.ref(module), type(module), children, given, state))
+        read_state = layer_states(type(module))
+        state = None if read_state is None else read_state(module)
+        places.append(_Place(path, parent, name, weakref.ref(module), type(module), children, given, read_state, state))
         if given:
             key.append((path, Given))
             return _GivenLayer(path)
@@ -194,7 +198,7 @@ def plan_block(block: nn.Module, plain_layer: PlainLayer, layer_state: LayerStat
     template = copy("", 0, block).eval().requires_grad_(False)
     number = _structures.setdefault(tuple(key), len(_structures))
     given = tuple(place.path for place in places if place.given)
-    return BlockPlan(template, number, given, tuple(layers), tuple(places), layer_state)
+    return BlockPlan(template, number, given, tuple(layers), tuple(places))
 
 
 def _is_given(module: nn.Module) -> bool:

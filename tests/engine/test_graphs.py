@@ -105,6 +105,24 @@ def test_what_the_guards_do_not_accept_is_compiled_and_kept_too(tmp_path):
         assert compiled.stats.graphs == made
 
 
+def in_inference_mode(make):
+    with torch.inference_mode():
+        return make()
+
+
+def test_no_graph_is_for_weights_or_inputs_of_another_kind(folder):
+    """The host goes by that where it looks no region up for a block."""
+    compiled, w, x = loaded(folder), weights(), torch.randn(1, 4, 8)
+    assert compiled.graph_for(w, {"x": x}) is not None
+    for other in (x.double(), x[0], x.to("meta"), [x], None, in_inference_mode(x.clone)):
+        assert compiled.graph_for(w, {"x": other}) is None
+    for inputs in ({"x": x, "scale": x}, {}, {"y": x}):
+        assert compiled.graph_for(w, inputs) is None
+    for name, weight in w.items():
+        for other in (weight.double(), nn.Parameter(weight), weight.to("meta"), in_inference_mode(weight.clone)):
+            assert compiled.graph_for({**w, name: other}, {"x": x}) is None
+
+
 def deterministic():
     torch.use_deterministic_algorithms(True)
     yield
@@ -234,6 +252,26 @@ def test_what_was_empty_and_was_filled_in_place_is_not_what_it_was(empty, fill, 
     assert not holding()
     found.clear()
     assert holding()
+
+
+PAIR = ({}, 1)
+
+
+@pytest.mark.parametrize("place", [(("attribute", "PAIR"), ("item", 1)), (("attribute", "DIMS"), ("item", "x"))])
+def test_an_item_replaced_is_not_what_it_was(place, monkeypatch):
+    at = [(("attribute", "PAIR"),), (("attribute", "PAIR"), ("item", 0)), place]
+    parts = [Dependency(__name__, path) for path in at]
+    for part in parts:
+        part.description = describe(part.value())
+    holding = Dependencies(parts).hold
+    assert holding() and holding()
+    PAIR[0]["filled"] = True
+    assert not holding()
+    PAIR[0].clear()
+    assert holding() and holding()
+    monkeypatch.setattr(sys.modules[__name__], "PAIR", ({}, 2))
+    monkeypatch.setitem(DIMS, "x", (2,))
+    assert not holding()
 
 
 def test_code_replaced_before_loading_is_named(folder):
