@@ -80,16 +80,22 @@ def main(arguments: Sequence[str]) -> int:
         if given.sides is None or side.name in given.sides
     ]
     measure(sides, ceilings["host to device GB/s"] * 1e6)
+    # What compiles again for each size may take longer than anyone waits.
+    write(given.json, ceilings, sides)
     sweep_sizes(sides)
+    write(given.json, ceilings, sides)
     print_sides(sides)
     if given.profile:
         given.profile.mkdir(parents=True, exist_ok=True)
         for side in sides:
             write_profile(side, given.profile / f"{side.name.replace(' ', '_')}.txt")
-    if given.json:
-        numbers = [{name: value for name, value in vars(side).items() if name != "model"} for side in sides]
-        write_json(given.json, {"device": torch.cuda.get_device_name(), "ceilings": ceilings, "sides": numbers})
     return 0
+
+
+def write(path: Path | None, ceilings: dict[str, float], sides: Sequence[Side]) -> None:
+    if path:
+        numbers = [{name: value for name, value in vars(side).items() if name != "model"} for side in sides]
+        write_json(path, {"device": torch.cuda.get_device_name(), "ceilings": ceilings, "sides": numbers})
 
 
 def measure_starts(json: Path | None) -> int:
