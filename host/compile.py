@@ -233,7 +233,7 @@ class CompiledBlocks:
                 plan, layers = self._planned(block)
                 if plan.given:
                     inputs[_VECTOR] = {path: block.get_submodule(path)(inputs[_VECTOR]) for path in plan.given}
-                with in_place(layers, activation.device):
+                with in_place(layers, activation):
                     weights = block_weights(layers, activation)
                     taken = region_inputs(inputs, activation, dynamic=self.settings.dynamic != "never")
                     return self._run_compiled(kind, plan, weights, taken, attend)
@@ -274,9 +274,8 @@ class CompiledBlocks:
         attend: Attend | None,
     ) -> Any:
         """Run the block as its region: the one that a block like it had in this step, or the one of its key."""
-        device = inputs[kind.activation].device
-        bind = bind_for(attend, device)
-        like = plan.key, bind, device, torch.is_inference_mode_enabled()
+        bind = bind_for(attend, inputs[kind.activation])
+        like = plan.key, bind, torch.is_inference_mode_enabled()
         region = self._recent.get(like)
         # For whatever else is in the key of a region its graphs have guards.
         graph = None if region is None else region.graph_for(weights, inputs)

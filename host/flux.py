@@ -225,10 +225,10 @@ def bind_opaque(inputs: Mapping[str, Any]) -> Mapping[str, Any]:
     return _arguments(inputs, {"patches": patches, "optimized_attention_override": skip_attention})
 
 
-def bind_for(attend: Attend | None, device: torch.device) -> Callable[[Mapping[str, Any]], Mapping[str, Any]]:
-    """How the blocks are traced on ``device``, with patches around attention or without."""
+def bind_for(attend: Attend | None, like: Tensor) -> Callable[[Mapping[str, Any]], Mapping[str, Any]]:
+    """How the blocks are traced on ``like``'s device, with patches around attention or without."""
     if attend is not None:
         return bind_opaque
     # Hopper alone: elsewhere the host's order was measured to be the faster one, or nothing was.
-    nvidia = device.type == "cuda" and comfy.model_management.is_nvidia()
-    return bind_cudnn if nvidia and torch.cuda.get_device_capability(device)[0] == 9 else bind_traced
+    nvidia = like.is_cuda and comfy.model_management.is_nvidia()
+    return bind_cudnn if nvidia and torch.cuda.get_device_capability(like.device)[0] == 9 else bind_traced

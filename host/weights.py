@@ -80,12 +80,12 @@ Layers = Sequence[tuple[str, nn.Module, Hashable]]
 """Layers of a block that hold weights: path, layer, and its state as ``layer_states`` tells it."""
 
 
-def in_place(layers: Layers, device: torch.device) -> AbstractContextManager[None]:
-    """A scope in which the ``block_weights`` of ``layers`` stay valid on ``device``."""
-    if device.type == "cpu":
+def in_place(layers: Layers, like: Tensor) -> AbstractContextManager[None]:
+    """A scope in which the ``block_weights`` of ``layers`` stay valid on ``like``'s device."""
+    if like.is_cpu:
         return nullcontext()
     dynamic = [layer for _, layer, _ in layers if "_v" in layer.__dict__ and "_prefetch" not in layer.__dict__]
-    return _faulted_in(dynamic, device) if dynamic else nullcontext()
+    return _faulted_in(dynamic, like.device) if dynamic else nullcontext()
 
 
 def block_weights(layers: Layers, like: Tensor) -> dict[str, Tensor]:

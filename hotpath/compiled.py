@@ -204,7 +204,10 @@ class Region:
 
     def graph_for(self, weights: dict[str, Tensor], inputs: dict[str, Any]) -> Graph | None:
         """A graph compiled ahead of time whose guards hold for these arguments, which runs the block as it is."""
-        return next((graph for graph in self._graphs if graph.accepts(weights, inputs)), None)
+        for graph in self._graphs:
+            if graph.accepts(weights, inputs):
+                return graph
+        return None
 
     def __call__(
         self,

@@ -112,7 +112,7 @@ class BlockPlan:
     template: nn.Module
     key: int
     given: tuple[str, ...]
-    _layers: tuple[int, ...] = field(repr=False)
+    _layers: tuple[tuple[str, int, Hashable], ...] = field(repr=False)
     _places: tuple[_Place, ...] = field(repr=False)
 
     def layers(self, block: nn.Module) -> list[tuple[str, nn.Module, Hashable]]:
@@ -135,7 +135,7 @@ class BlockPlan:
             if (overridden and _is_given(module)) != given or (read_state is not None and read_state(module) != state):
                 raise NotHoistable(f"{path or 'the block'} computes in another way now")
             modules.append(module)
-        return [(self._places[index].path, modules[index], self._places[index].state) for index in self._layers]
+        return [(path, modules[index], state) for path, index, state in self._layers]
 
 
 def own_state(module: nn.Module) -> dict[str, Any]:
@@ -198,7 +198,8 @@ def plan_block(block: nn.Module, plain_layer: PlainLayer, layer_states: LayerSta
     template = copy("", 0, block).eval().requires_grad_(False)
     number = _structures.setdefault(tuple(key), len(_structures))
     given = tuple(place.path for place in places if place.given)
-    return BlockPlan(template, number, given, tuple(layers), tuple(places))
+    held = tuple((places[index].path, index, places[index].state) for index in layers)
+    return BlockPlan(template, number, given, held, tuple(places))
 
 
 def _is_given(module: nn.Module) -> bool:
