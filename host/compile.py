@@ -257,7 +257,8 @@ class CompiledBlocks:
                 return plan, plan.layers(block)
             except NotHoistable:
                 del self._plans[block]
-        plan = self._plans[block] = plan_block(block, plain_layer, layer_states)
+        layer_for = functools.partial(plain_layer, fuses=self.settings.backend == "inductor")
+        plan = self._plans[block] = plan_block(block, layer_for, layer_states)
         return plan, plan.layers(block)
 
     def _plan(self, block: nn.Module) -> None:

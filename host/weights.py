@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import LayerNorm, Linear, RMSNorm
 
 from ..hotpath.compiled import plain_tensor
-from ..hotpath.gelu import TanhGelu
+from ..hotpath.gelu import LogisticGelu
 from ..hotpath.template import NotHoistable
 from .quantized import format_in_use, quantized_layer, quantized_weights, quantizes_activations_itself
 
@@ -28,8 +28,10 @@ _CAST = "cast"
 _MIXED_PRECISION_LINEAR = "mixed_precision_ops.<locals>.MixedPrecisionOps.Linear"
 
 
-def plain_layer(module: Any) -> nn.Module | None:
+def plain_layer(module: Any, fuses: bool = False) -> nn.Module | None:
     """The layer with the same maths as a host layer, on the meta device; None for a container.
+
+    ``fuses``: it is for a compiler that makes one kernel of many elementwise operations.
 
     Raises:
         NotHoistable: the class is foreign, or its forward is not the one it was defined with.
@@ -40,8 +42,8 @@ def plain_layer(module: Any) -> nn.Module | None:
         if getattr(module, "pre_quant_scale", None) is not None:
             raise NotHoistable(f"a layer smooths its activations before it computes in {module.quant_format}")
         return _linear(module) if format_in_use(module) is None else quantized_layer(module)
-    if kind is nn.GELU and module.approximate == "tanh":
-        return TanhGelu()
+    if fuses and kind is nn.GELU and module.approximate == "tanh":
+        return LogisticGelu()
     base = next((known for known in (Linear, LayerNorm, RMSNorm) if issubclass(kind, known)), None)
     if base is None:
         if kind.__module__.startswith(_CONTAINERS):
