@@ -5,8 +5,11 @@ import torch
 from comfy.sd import load_lora_for_models
 from hotpath_pack.devtools import checkpoints
 from hotpath_pack.devtools.host_nodes import low_vram
+from hotpath_pack.host.weights import plain_layer
 from hotpath_pack.hotpath.compiled import MODES
+from hotpath_pack.hotpath.gelu import LogisticGelu
 from sampling import Counting, assert_parity, compiled, compiled_blocks, load, sample
+from torch.nn import GELU
 
 SIZES = [dict(width=96, height=64), dict(width=64, height=160), dict(width=128, height=128)]
 TEXTS = [dict(tokens=7), dict(tokens=40)]
@@ -113,6 +116,12 @@ def test_every_mode_computes_what_eager_computes(flux, mode):
         assert_parity(flux, compiled(flux, backend="inductor", mode=mode, double="0", single="0"))
         assert_parity(flux, compiled(flux, backend="inductor", mode=mode, double="0", single="0"), width=96)
     assert (counting.graphs, counting.breaks) == (2, 0)
+
+
+def test_gelu_is_written_in_parts_for_a_compiler_that_fuses_them_alone():
+    tanh, exact = GELU(approximate="tanh"), GELU()
+    assert isinstance(plain_layer(tanh, fuses=True), LogisticGelu)
+    assert [plain_layer(tanh), plain_layer(exact), plain_layer(exact, fuses=True)] == [None] * 3
 
 
 def test_only_the_selected_blocks_are_compiled(flux):
