@@ -151,6 +151,15 @@ class Canvas:
         """Click an entry of the open menu."""
         self.page.locator(_MENU).get_by_text(entry, exact=True).click()
 
+    def undo(self, node: int) -> None:
+        """Undo until a node that was put in is gone."""
+        for _ in range(10):
+            # A canvas that has not noted the change yet does not take the first.
+            self.page.keyboard.press("Control+z")
+            with suppress(NotShown):
+                self.page.wait_for_function("id => !window.app.graph.getNodeById(id)", arg=node, timeout=1500)
+                break
+
     def set(self, node: int, **values: Any) -> None:
         """Set widgets of a node."""
         self.page.evaluate(

@@ -158,8 +158,7 @@ def test_the_menu_of_a_node_puts_compile_behind_its_model(page, live):
     node = page.origin(ids["sampler"])
     assert node not in ids.values() and page.origin(node) == ids["model"]
     page.reads("idle")
-    page.page.keyboard.press("Control+z")
-    page.page.wait_for_function("id => !window.app.graph.getNodeById(id)", arg=node)
+    page.undo(node)
     assert page.origin(ids["sampler"]) == ids["model"]
 
 
