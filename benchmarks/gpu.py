@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
@@ -22,7 +22,16 @@ from torch import Tensor
 
 from devtools import gpu_host
 from devtools.cli import positive, run_tool, write_json
-from devtools.gpu_host import compiled, compiled_per_block, load, offload, quantize, sample
+from devtools.gpu_host import (
+    compiled,
+    compiled_per_block,
+    load,
+    milliseconds,
+    offload,
+    predict_streaming,
+    quantize,
+    time_steps,
+)
 from devtools.gpu_start import start
 
 GIB = 2**30
@@ -141,42 +150,8 @@ def make_sides(blocks: Sequence[int], hidden: int, formats: Sequence[str], share
 
 
 def run(model: Any, steps: int, size: tuple[int, int] = SIZES[0]) -> tuple[Tensor, list[float]]:
-    """A latent and the milliseconds of each call of the model, by CUDA events."""
-    events = []
-
-    def timed(apply_model: Callable[..., Tensor], args: dict[str, Any]) -> Tensor:
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        out = apply_model(args["input"], args["timestep"], **args["c"])
-        end.record()
-        events.append((start, end))
-        return out
-
-    timed_model = model.clone()
-    timed_model.set_model_unet_function_wrapper(timed)
-    latent = sample(timed_model, size, TEXT_TOKENS, steps)
-    torch.cuda.synchronize()
-    return latent, [start.elapsed_time(end) for start, end in events]
-
-
-def predict_streaming(side: Side, sides: Sequence[Side], bandwidth: float) -> None:
-    """Fill in what ``side`` streams in a step, and the step that the model of the bus predicts from the time of the
-    side that keeps all blocks on the device."""
-    from hotpath_pack.host.offload import LeavesOut
-    from hotpath_pack.hotpath.stream import predict
-
-    resident = next((other for other in sides if other.name == "ahead ours"), None)
-    if resident is None or not isinstance(side.model, LeavesOut):
-        return
-    blocks = side.model.get_wrappers("apply_model", "hotpath_offload")[0]
-    sizes = side.model._block_sizes()
-    streamed = [turn for turn, path in enumerate(sizes) if path in blocks.residency.streamed]
-    if streamed:
-        side.streamed_gib = blocks.residency.streamed_bytes / GIB
-        each = median(resident.steps) / len(sizes)
-        side.predicted_ms = predict(
-            list(sizes.values()), [each] * len(sizes), bandwidth, streamed, blocks.prefetch_blocks, steps=5
-        )
+    """A latent and the milliseconds of each call of the model."""
+    return time_steps(model, size, TEXT_TOKENS, steps)
 
 
 def measure(sides: Sequence[Side], bandwidth: float) -> None:
@@ -203,8 +178,11 @@ def measure(sides: Sequence[Side], bandwidth: float) -> None:
     for _ in range(ROUNDS):
         for side in [side for side in sides if not side.moves]:
             measure_steps(side)
+    resident = next((side for side in sides if side.name == "ahead ours"), None)
     for side in sides:
-        predict_streaming(side, sides, bandwidth)
+        predicted = predict_streaming(side.model, median(resident.steps), bandwidth) if resident else None
+        if predicted:
+            side.streamed_gib, side.predicted_ms = predicted[0] / GIB, predicted[1]
 
 
 def measure_steps(side: Side) -> None:
@@ -231,18 +209,6 @@ def sweep_sizes(sides: Sequence[Side]) -> None:
 def measure_ceilings() -> dict[str, float]:
     """What the machine can do at most: a large bf16 matrix product, many of them, which lower the clocks of a card at
     its power limit, and copies on the device and to it."""
-
-    def milliseconds(work: Callable[[], Any]) -> float:
-        times = []
-        for _ in range(13):
-            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            start.record()
-            work()
-            end.record()
-            end.synchronize()
-            times.append(start.elapsed_time(end))
-        return median(times[3:])
-
     size = 8192
     a, b = (torch.randn(size, size, dtype=torch.bfloat16, device="cuda") for _ in range(2))
     source, target = (torch.empty(GIB, dtype=torch.uint8, device="cuda") for _ in range(2))
@@ -256,8 +222,8 @@ def measure_ceilings() -> dict[str, float]:
 
 
 def print_sides(sides: Sequence[Side]) -> None:
-    names = "ms/step,min,max,x eager,28 steps s,cold s,graphs,+2 sizes,peak 1st,steady GiB,rel. diff,GiB/step,predicted"
-    header = names.split(",")
+    names = f"ms/step,min,max,x eager,{IMAGE_STEPS} steps s,cold s,graphs,+2 sizes"
+    header = [*names.split(","), "peak 1st", "steady GiB", "rel. diff", "GiB/step", "predicted"]
     print(f"\n{'':<20}" + "".join(f"{name:>11}" for name in header))
     base = median(sides[0].steps)
     for side in sides:

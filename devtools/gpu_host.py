@@ -6,7 +6,9 @@ import logging
 import os
 import sys
 import types
+from collections.abc import Callable
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -131,3 +133,53 @@ def sample(model: Any, size: tuple[int, int] = (256, 256), tokens: int = 32, ste
         return comfy.sample.sample(
             model, noise, steps, 1.0, "euler", "simple", condition, condition, noise * 0, seed=0, disable_pbar=True
         )
+
+
+def milliseconds(work: Callable[[], Any]) -> float:
+    """The median of ``work`` on the device, by events."""
+    times = []
+    for _ in range(13):
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        work()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end))
+    return median(times[3:])
+
+
+def time_steps(model: Any, size: tuple[int, int], tokens: int, steps: int) -> tuple[Tensor, list[float]]:
+    """The latent of ``sample`` and the milliseconds of each call of the model, by events."""
+    events = []
+
+    def timed(apply_model: Callable[..., Tensor], args: dict[str, Any]) -> Tensor:
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        out = apply_model(args["input"], args["timestep"], **args["c"])
+        end.record()
+        events.append((start, end))
+        return out
+
+    timed_model = model.clone()
+    timed_model.set_model_unet_function_wrapper(timed)
+    latent = sample(timed_model, size, tokens, steps)
+    torch.cuda.synchronize()
+    return latent, [start.elapsed_time(end) for start, end in events]
+
+
+def predict_streaming(model: Any, resident: float, bandwidth: float) -> tuple[int, float] | None:
+    """The bytes that ``model`` streams in a step, and the step in milliseconds that the model of the bus predicts from
+    that of a MODEL with all blocks ``resident`` and a ``bandwidth`` in bytes a millisecond; None if it streams none."""
+    from hotpath_pack.host.offload import LeavesOut
+    from hotpath_pack.hotpath.stream import predict
+
+    if not isinstance(model, LeavesOut):
+        return None
+    blocks = model.get_wrappers("apply_model", "hotpath_offload")[0]
+    sizes = model._block_sizes()
+    streamed = [turn for turn, path in enumerate(sizes) if path in blocks.residency.streamed]
+    if not streamed:
+        return None
+    each = [resident / len(sizes)] * len(sizes)
+    predicted = predict(list(sizes.values()), each, bandwidth, streamed, blocks.prefetch_blocks, steps=5)
+    return blocks.residency.streamed_bytes, predicted

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import WrappersMP
+from comfy.quant_ops import QuantizedTensor
 from comfy_api.torch_helpers.torch_compile import COMPILE_KEY
 from torch import Tensor
 
@@ -18,17 +19,16 @@ def require_model(model: Any) -> None:
         raise ValueError(f"model: this is {type(model).__name__} and no MODEL. Connect the output of a model loader.")
 
 
-def to_device(conditioning: Any, device: torch.device) -> Any:
-    """A tensor, or each tensor of a list, on ``device``; anything else as it is.
+def to_device(value: Any, device: torch.device) -> Any:
+    """A tensor, or each tensor of a list, that is in RAM on ``device``; anything else as it is.
 
-    The host keeps conditioning in RAM and copies it at each step. Such a copy first waits for the step before, so that
-    the GPU is idle until the next blocks are issued; one from pinned memory takes its turn in the stream.
+    A copy to a GPU first waits for what was issued before it, and fills the bus less, unless it is from pinned memory:
+    the host's own copy of conditioning at each step leaves the GPU idle until the next blocks are issued.
     """
-    if isinstance(conditioning, list):
-        return [to_device(item, device) for item in conditioning]
-    if device.type == "cuda" and isinstance(conditioning, Tensor) and conditioning.device.type == "cpu":
-        return conditioning.pin_memory().to(device, non_blocking=True)
-    return conditioning
+    if isinstance(value, list):
+        return [to_device(item, device) for item in value]
+    in_ram = isinstance(value, Tensor) and not isinstance(value, QuantizedTensor) and value.device.type == "cpu"
+    return value.pin_memory().to(device, non_blocking=True) if in_ram and device.type == "cuda" else value
 
 
 def why_untouched(patcher: ModelPatcher | None, options: Mapping[str, Any]) -> str | None:

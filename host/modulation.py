@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from ..hotpath.ahead import Table, content_key
 from ..hotpath.template import Given, NotHoistable, refuse_bolted_on
 from .flux import conditioning_vector, modulations, named_blocks
-from .models import why_untouched
+from .models import to_device, why_untouched
 from .progress import PartText
 from .weights import refuse_replaced_forward
 
@@ -276,7 +276,9 @@ def _resident(layer: Any, key: str, patcher: ModelPatcher, device: torch.device)
             else:
                 functions = []
                 value = patcher.patch_weight_to_device(f"{key}.{name}", device_to=device, return_weight=True)
-            layer._parameters[name] = nn.Parameter(_on(value, device), requires_grad=False)
+            layer._parameters[name] = nn.Parameter(
+                to_device(value, device).to(device, non_blocking=True), requires_grad=False
+            )
             layer.__dict__[f"{name}_function"] = functions
         layer.__dict__.pop("_v", None)
         yield
@@ -284,13 +286,6 @@ def _resident(layer: Any, key: str, patcher: ModelPatcher, device: torch.device)
         layer._parameters.update(parameters)
         layer.__dict__.clear()
         layer.__dict__.update(attributes)
-
-
-def _on(tensor: Tensor, device: torch.device) -> Tensor:
-    """``tensor`` on ``device``, through pinned memory, which is the quicker way for what fills a bus."""
-    if device.type == "cuda" and tensor.device.type == "cpu" and not isinstance(tensor, QuantizedTensor):
-        tensor = tensor.pin_memory()
-    return tensor.to(device, non_blocking=True)
 
 
 def _version(parameter: nn.Parameter) -> int | None:

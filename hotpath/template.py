@@ -159,7 +159,7 @@ def plan_block(block: nn.Module, plain_layer: PlainLayer, layer_states: LayerSta
             known layer, state that a template can't copy, or is of a class that ``plain_layer`` refuses.
     """
     places: list[_Place] = []
-    layers: list[int] = []
+    layers: list[tuple[str, int, Hashable]] = []
     key: list[Hashable] = []
 
     def copy(path: str, parent: int, module: nn.Module) -> nn.Module:
@@ -177,7 +177,7 @@ def plan_block(block: nn.Module, plain_layer: PlainLayer, layer_states: LayerSta
         plain = plain_layer(module)
         if plain is not None:
             if any(True for _ in plain.parameters()):
-                layers.append(here)
+                layers.append((path, here, state))
             key.append((path, type(plain), plain.extra_repr()))
             return plain
         if module._parameters or module._buffers:
@@ -198,8 +198,7 @@ def plan_block(block: nn.Module, plain_layer: PlainLayer, layer_states: LayerSta
     template = copy("", 0, block).eval().requires_grad_(False)
     number = _structures.setdefault(tuple(key), len(_structures))
     given = tuple(place.path for place in places if place.given)
-    held = tuple((places[index].path, index, places[index].state) for index in layers)
-    return BlockPlan(template, number, given, held, tuple(places))
+    return BlockPlan(template, number, given, tuple(layers), tuple(places))
 
 
 def _is_given(module: nn.Module) -> bool:

@@ -5,9 +5,18 @@ from statistics import median
 import pytest
 import torch
 from hotpath_pack.devtools.checkpoints import flux1, lora
-from hotpath_pack.devtools.gpu_host import compiled, load, offload, quantize, sample
+from hotpath_pack.devtools.gpu_host import (
+    compiled,
+    load,
+    milliseconds,
+    offload,
+    predict_streaming,
+    quantize,
+    sample,
+    time_steps,
+)
 from hotpath_pack.hotpath.counters import breaks_so_far, graphs_so_far
-from hotpath_pack.hotpath.stream import Stream, StreamCopies, predict
+from hotpath_pack.hotpath.stream import Stream, StreamCopies
 
 pytestmark = pytest.mark.gpu
 RUN = dict(size=(512, 512), tokens=64, steps=3)
@@ -74,46 +83,20 @@ def test_the_budget_bounds_what_is_on_the_device(dynamic):
     assert torch.equal(sample(model, **RUN), want)
 
 
-def milliseconds(model):
-    """The median step of ``model`` at 1024x1024, by events around its call."""
-    events = []
-
-    def timed(apply_model, args):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        out = apply_model(args["input"], args["timestep"], **args["c"])
-        end.record()
-        events.append((start, end))
-        return out
-
-    model = model.clone()
-    model.set_model_unet_function_wrapper(timed)
-    sample(model, size=(1024, 1024), tokens=512, steps=8)
-    torch.cuda.synchronize()
-    return median(start.elapsed_time(end) for start, end in events[2:])
-
-
 def test_a_step_is_slower_than_with_all_resident_by_what_the_model_of_the_bus_predicts():
+    run = dict(size=(1024, 1024), tokens=512)
     model = load(4, 8, torch.bfloat16, dynamic=False, hidden=3072)
     resident = compiled(offload(model))
-    sample(resident, size=(1024, 1024), tokens=512)
-    alone = milliseconds(resident)
+    sample(resident, **run)
+    alone = median(time_steps(resident, **run, steps=8)[1][2:])
     pinned = torch.empty(2**28, dtype=torch.uint8, pin_memory=True)
     target = torch.empty(2**28, dtype=torch.uint8, device="cuda")
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    target.copy_(pinned, non_blocking=True)
-    start.record()
-    target.copy_(pinned, non_blocking=True)
-    end.record()
-    end.synchronize()
-    bandwidth = pinned.nbytes / start.elapsed_time(end)
+    bandwidth = pinned.nbytes / milliseconds(lambda: target.copy_(pinned, non_blocking=True))
     for budget in ("60 %", "0 %"):
         lean = compiled(offload(model, budget=budget))
-        sample(lean, size=(1024, 1024), tokens=512)
-        measured, sizes = milliseconds(lean), lean._block_sizes()
-        streamed = [turn for turn, path in enumerate(sizes) if path in streamed_of(lean).residency.streamed]
-        each = [alone / len(sizes)] * len(sizes)
-        predicted = predict(list(sizes.values()), each, bandwidth, streamed, streamed_of(lean).prefetch_blocks, steps=5)
+        sample(lean, **run)
+        measured = median(time_steps(lean, **run, steps=8)[1][2:])
+        streamed, predicted = predict_streaming(lean, alone, bandwidth)
         assert streamed and measured < 1.15 * predicted, f"{budget}: {measured:.1f} ms, predicted {predicted:.1f} ms"
 
 
