@@ -220,17 +220,16 @@ def _status(name: str) -> int | None:
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:"))
 
 
-def compiler_options(name: str, backend: str) -> dict[str, Any] | None:
-    """Inductor's options that the side ``name`` compiles with; None where it leaves them as they are."""
-    from hotpath_pack.hotpath.inductor import region_options
-
-    return region_options("default", probe=False) if name == "ours" and backend == "inductor" else None
-
-
-def start_compiler(backend: str, options: dict[str, Any] | None) -> float:
-    """CPU seconds for the least there is to compile: imports, C++ headers, and the instruction sets that Inductor
-    probes with these options."""
+def start_compiler(name: str, backend: str) -> float:
+    """CPU seconds for the least there is to compile, as the side ``name`` compiles: imports, C++ headers, and the
+    instruction sets that Inductor probes."""
     before = cpu_seconds()
+    options = None
+    if name == "ours" and backend == "inductor":
+        from hotpath_pack.hotpath.inductor import region_options, trust_compiler
+
+        trust_compiler()
+        options = region_options("default", probe=False)
     torch.compile(lambda x: x + 1, backend=backend, options=options)(torch.zeros(8))
     # Its graph is none of the side's.
     torch._dynamo.utils.counters.clear()
@@ -281,7 +280,7 @@ def main(name: str, folder: Path, backend: str) -> None:
     side = make_side(name, folder, backend)
     versions = {"torch": torch.__version__, "ComfyUI": comfyui, "diffusers": version("diffusers")}
     print(json.dumps(versions), file=answers, flush=True)
-    start = partial(start_compiler, backend, compiler_options(name, backend))
+    start = partial(start_compiler, name, backend)
     to_start = None if name == "eager" else start
     for number, line in enumerate(sys.stdin):
         output = folder / f"{name} {os.getpid()} {number}.safetensors"

@@ -26,7 +26,7 @@ from torch.func import functional_call
 from .artifacts import Kept
 from .counters import breaks_since, breaks_so_far, graphs_so_far, last_guard_failure, source_line
 from .graphs import Graph, NotAhead, compile_graph, load_graph
-from .inductor import needs_probe, region_options
+from .inductor import forget_compiler, may_be_for_trust, region_options, trust_compiler
 from .limits import graph_limit
 from .memory import peak_bytes
 from .reasons import plain_reason
@@ -266,6 +266,8 @@ class Region:
         return plain_reason(self._guard_failure or last_guard_failure(self._code))
 
     def _run(self, weights: dict[str, Tensor], inputs: dict[str, Any]) -> Any:
+        if not self._probed:
+            trust_compiler()
         try:
             if self._kept is not None:
                 kept, facts = self._kept, self._kept.facts()
@@ -282,7 +284,8 @@ class Region:
             reason = f"the limit of {self._limit} graphs was reached; last {self._why_compiled_again()}"
             raise RegionFailed(self.name, reason) from error
         except TorchDynamoException as error:
-            if not self._probed and needs_probe(error):
+            if not self._probed and may_be_for_trust(error):
+                forget_compiler()
                 self._use(probe=True)
                 return self._run(weights, inputs)
             # What a backend raised says more than Dynamo's sentence around it.

@@ -5,10 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch._inductor import config
 from torch._inductor.cpu_vec_isa import supported_vec_isa_list, valid_vec_isa_list
 from torch._inductor.exc import CppCompileError
 
 _TRUSTED = "cpp.vec_isa_ok"
+# What Inductor's instruction sets note of themselves when they are probed.
+_FOUND = ("_is_avx512_bf16_supported", "_is_amx_fp16_supported")
 # Variants of Triton kernels that Inductor thinks of after the others were compiled: no quicker in these blocks, they
 # bring back the compiler when a region is loaded.
 _LATE_VARIANTS = "dynamic_scale_rblock"
@@ -17,21 +20,42 @@ _LATE_VARIANTS = "dynamic_scale_rblock"
 def region_options(mode: str, probe: bool) -> dict[str, Any]:
     """Options of ``torch.compile`` for Inductor in ``mode``.
 
-    Without ``probe`` the C++ compiler is taken to have all instruction sets that the processor has. Inductor would find
-    out by compiling and loading a program for each, which on a CPU takes a quarter of a region's first step.
+    Without ``probe`` nothing that is compiled with them has the C++ compiler probed; see ``trust_compiler``.
     """
     return {**torch._inductor.list_mode_options(mode), _LATE_VARIANTS: False, **({} if probe else {_TRUSTED: True})}
 
 
-def needs_probe(error: BaseException) -> bool:
-    """Whether code for an instruction set that was not probed could not be compiled or loaded. What Inductor took the
-    compiler to have is forgotten then."""
+def trust_compiler() -> None:
+    """Take the C++ compiler to have all instruction sets that the processor has, where Inductor has not asked it yet.
+
+    Inductor would find out by compiling a program for each and loading it in a new process, which on a CPU takes a
+    fifth of a region's first step. Its option to go without skips some of these programs alone.
+    """
+    if valid_vec_isa_list.cache_info().currsize:
+        return
+    kinds: list[Any] = supported_vec_isa_list
+    with config.patch({_TRUSTED: True}):
+        for kind in kinds:
+            kind.check_build = lambda code: True
+        try:
+            valid_vec_isa_list()
+        finally:
+            for kind in kinds:
+                vars(kind).pop("check_build", None)
+
+
+def may_be_for_trust(error: BaseException) -> bool:
+    """Whether code for an instruction set that was not probed could not be compiled or loaded."""
     inner = getattr(error, "inner_exception", error)
-    if not isinstance(inner, (CppCompileError, ImportError, OSError)):
-        return False
-    kinds: list[Any] = [type(known) for known in supported_vec_isa_list]
-    for kind in kinds:
-        if hasattr(kind.__bool__, "cache_clear"):
-            kind.__bool__.cache_clear()
+    return isinstance(inner, (CppCompileError, ImportError, OSError))
+
+
+def forget_compiler() -> None:
+    """Have Inductor ask anew what the C++ compiler has."""
+    for kind in supported_vec_isa_list:
+        for found in _FOUND:
+            vars(kind).pop(found, None)
+        for method in vars(type(kind)).values():
+            if hasattr(method, "cache_clear"):
+                method.cache_clear()
     valid_vec_isa_list.cache_clear()
-    return True
