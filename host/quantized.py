@@ -15,7 +15,7 @@ import torch
 from comfy_kitchen.backends.eager import quantization as kitchen
 from torch import Tensor, nn
 
-from ..hotpath.rowwise import FP8, dequantized_rows, fp8_product, fp8_rows, fp8_scales, int8_rows
+from ..hotpath.rowwise import FP8, computed_once, dequantized_rows, fp8_product, fp8_rows, fp8_scales, int8_rows
 from ..hotpath.template import NotHoistable
 from .formats import FP8_ROWWISE, INT8_WEIGHT_ONLY
 
@@ -104,7 +104,7 @@ class Fp8RowwiseLinear(_Quantized):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out) in the dtype of ``x``."""
-        rows = x.reshape(-1, x.shape[-1])
+        rows = computed_once(x.reshape(-1, x.shape[-1]))
         scales = fp8_scales(rows)
         out = fp8_product(fp8_rows(rows, scales), scales, self.weight, self.weight_scale, self.bias, x.dtype)
         return out.reshape(*x.shape[:-1], self.shape[0])
@@ -121,7 +121,7 @@ class Int8Linear(_Quantized):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out) in the dtype of ``x``."""
-        rows, scales = int8_rows(x.reshape(-1, x.shape[-1]))
+        rows, scales = int8_rows(computed_once(x.reshape(-1, x.shape[-1])))
         product = _int8_product(rows, self.weight).float()
         out = (product * (scales * self.weight_scale.reshape(1, -1))).to(x.dtype)
         if self.bias is not None:

@@ -166,4 +166,6 @@ def test_dynamic_vram_brings_the_next_block_while_one_computes():
     both = sum(
         max(0, min(end, copied) - max(start, began)) for _, start, end in computes for _, began, copied in copies
     )
-    assert both > 0.7 * sum(end - start for _, start, end in computes)
+    # Other processes on the card draw out either.
+    shorter = min(sum(end - start for _, start, end in some) for some in (copies, computes))
+    assert both > 0.7 * shorter
