@@ -237,7 +237,7 @@ class StreamedBlocks:
         """A run ended, or the host unloads the model: the slots are freed."""
         run = self._runs.pop(patcher.model, None)
         if run is not None:
-            run.stream.drain()
+            run.close()
 
     def __call__(
         self,
@@ -292,6 +292,8 @@ class StreamedBlocks:
     def _run(self, model: BaseModel, residency: Residency, device: torch.device) -> _Run:
         run = self._runs.get(model)
         if run is None or run.residency is not residency or run.device != device:
+            if run is not None:
+                run.close()
             run = self._runs[model] = _Run(model, residency, device, self.prefetch_blocks, self._ahead)
         return run
 
@@ -317,6 +319,12 @@ class _Run:
         self._views: dict[tuple[int, int], list[tuple[_Piece, nn.Parameter]]] = {}
         order = range(len(self._blocks))
         self.stream = Stream(copy_engine(device), device, self._size, order, prefetch_blocks, self._sources)
+
+    def close(self) -> None:
+        """Free the slots at once: the run and its stream refer to each other, which would keep them until Python looks
+        for such cycles."""
+        self._views.clear()
+        self.stream.close()
 
     @contextmanager
     def arriving(self, changing: bool) -> Iterator[None]:

@@ -189,6 +189,11 @@ class Stream:
         self._engine.drain()
         self._held = [None] * len(self.slots)
 
+    def close(self) -> None:
+        """Wait for the copies that are under way and give back the slots; no block may compute in one after it."""
+        self._engine.drain()
+        self.slots.clear()
+
 
 def predict(
     sizes: Sequence[float],

@@ -23,6 +23,7 @@ from test_counts import with_lora
 from test_host_nodes import hook_lora
 from test_offload import SMALL, loaded_bytes, offloaded
 from test_quantize import quantized
+from torch.multiprocessing.reductions import StorageWeakRef
 
 BUDGETS = ("0 %", "25 %", "50 %", "75 %", "100 %")
 
@@ -247,6 +248,24 @@ def test_an_end_in_mid_step_leaves_nothing_behind(flux, error, monkeypatch):
     hook.remove()
     assert len(before) == len(list(flux.model.named_parameters()))
     assert_streams(flux, lean, least=5, **SMALL)
+
+
+def test_slots_are_given_back_at_the_end_of_a_run(flux, monkeypatch):
+    slots = []
+
+    class Noted(streaming.Stream):
+        def __init__(self, *args):
+            super().__init__(*args)
+            slots.extend(StorageWeakRef(slot.untyped_storage()) for slot in self.slots)
+
+    monkeypatch.setattr(streaming, "Stream", Noted)
+    lean = compiled(offloaded(flux, budget="0 %"), backend="eager")
+    gc.disable()
+    try:
+        sample(lean)
+        assert slots and all(slot.expired() for slot in slots), "on a card that is full they would be missing"
+    finally:
+        gc.enable()
 
 
 def test_weights_replaced_while_sampling_are_seen(flux):
