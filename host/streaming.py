@@ -211,6 +211,24 @@ def pinned_copies(model: BaseModel) -> PinnedCopies:
     return copies
 
 
+def _sources(
+    pinned: PinnedCopies, paths: Sequence[str], layers: Sequence[Sequence[Any]], slot_size: int, index: int
+) -> list[tuple[Tensor, int]]:
+    """What to copy into a slot for the block of ``paths`` and ``layers`` at ``index``."""
+    pieces, size = _pieces(layers[index])
+    buffer = pinned.buffer(paths[index], pieces)
+    if size > slot_size:
+        raise RuntimeError(
+            f"{paths[index]} grew while sampling, which Offload Repeated Blocks can't follow. Set its budget to "
+            "'100 %'."
+        )
+    if buffer is not None:
+        return [(buffer[:size], 0)]
+    return [
+        (_flat(tensor), offset) for piece in pieces for tensor, offset in zip(piece.tensors, piece.offsets, strict=True)
+    ]
+
+
 class StreamedBlocks:
     """The wrapper around ``apply_model``: for the length of one call the weights of blocks that the load left in RAM
     arrive on the device before each of them computes."""
@@ -237,7 +255,7 @@ class StreamedBlocks:
         """A run ended, or the host unloads the model: the slots are freed."""
         run = self._runs.pop(patcher.model, None)
         if run is not None:
-            run.close()
+            run.stream.drain()
 
     def __call__(
         self,
@@ -293,7 +311,7 @@ class StreamedBlocks:
         run = self._runs.get(model)
         if run is None or run.residency is not residency or run.device != device:
             if run is not None:
-                run.close()
+                run.stream.drain()
             run = self._runs[model] = _Run(model, residency, device, self.prefetch_blocks, self._ahead)
         return run
 
@@ -310,21 +328,15 @@ class _Run:
     ) -> None:
         self.residency = residency
         self.device = device
-        self._pinned = pinned_copies(model)
         blocks = dict(named_blocks(model.diffusion_model))
         layers = streamable_layers(model.diffusion_model, ahead)
         self._blocks = [blocks[path] for path in residency.streamed]
         self._layers = [list(layers[path].values()) for path in residency.streamed]
-        self._size = max(_pieces(layers)[1] for layers in self._layers)
+        size = max(_pieces(layers)[1] for layers in self._layers)
         self._views: dict[tuple[int, int], list[tuple[_Piece, nn.Parameter]]] = {}
         order = range(len(self._blocks))
-        self.stream = Stream(copy_engine(device), device, self._size, order, prefetch_blocks, self._sources)
-
-    def close(self) -> None:
-        """Free the slots at once: the run and its stream refer to each other, which would keep them until Python looks
-        for such cycles."""
-        self._views.clear()
-        self.stream.close()
+        sources = partial(_sources, pinned_copies(model), residency.streamed, self._layers, size)
+        self.stream = Stream(copy_engine(device), device, size, order, prefetch_blocks, sources)
 
     @contextmanager
     def arriving(self, changing: bool) -> Iterator[None]:
@@ -359,22 +371,6 @@ class _Run:
             finally:
                 for piece, _ in swapped:
                     piece.layer._parameters[piece.name] = piece.parameter
-
-    def _sources(self, index: int) -> list[tuple[Tensor, int]]:
-        pieces, size = _pieces(self._layers[index])
-        buffer = self._pinned.buffer(self.residency.streamed[index], pieces)
-        if size > self._size:
-            raise RuntimeError(
-                f"{self.residency.streamed[index]} grew while sampling, which Offload Repeated Blocks can't follow. "
-                "Set its budget to '100 %'."
-            )
-        if buffer is not None:
-            return [(buffer[:size], 0)]
-        return [
-            (_flat(tensor), offset)
-            for piece in pieces
-            for tensor, offset in zip(piece.tensors, piece.offsets, strict=True)
-        ]
 
     def _refuse_stale(self, index: int) -> None:
         """Fetch anew when the block has other parameters than at its last arrival."""

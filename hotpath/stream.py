@@ -133,7 +133,7 @@ class Stream:
     """Streamed blocks in slots of ``size`` bytes on ``device``; a block may compute within ``present``.
 
     ``sources`` gives the weights of a block as flat uint8 tensors with the offset of each in the slot. They must not
-    change before ``drain``. Blocks may come in any order; those that come in the order of ``streamed`` were fetched
+    change before ``drain``. What it refers to must not hold the ``Stream``: its slots are to go with its last user. Blocks may come in any order; those that come in the order of ``streamed`` were fetched
     while earlier ones computed.
     """
 
@@ -188,11 +188,6 @@ class Stream:
         """Wait for the copies that are under way, and take the slots as empty: sources may change after it."""
         self._engine.drain()
         self._held = [None] * len(self.slots)
-
-    def close(self) -> None:
-        """Wait for the copies that are under way and give back the slots; no block may compute in one after it."""
-        self._engine.drain()
-        self.slots.clear()
 
 
 def predict(

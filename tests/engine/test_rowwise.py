@@ -1,5 +1,5 @@
 import torch
-from hotpath_pack.hotpath.rowwise import FP8, fp8_product, fp8_rows, fp8_scales, int8_rows
+from hotpath_pack.hotpath.rowwise import FP8, computed_once, fp8_product, fp8_rows, fp8_scales, int8_rows
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -52,3 +52,20 @@ def test_the_product_is_that_of_the_dequantized(shape, outputs, seed, biased):
     want = torch.nn.functional.linear(data.double() * scales, weight_data.double() * weight_scale, None)
     want = want if bias is None else want + bias
     assert torch.allclose(got.double(), want, rtol=1e-4, atol=1e-5 * (1 + want.abs().max()))
+
+
+def test_what_is_read_twice_is_stored_for_inductor():
+    def quantized(x):
+        rows = computed_once(torch.nn.functional.silu(x))
+        return fp8_rows(rows, fp8_scales(rows))
+
+    stored = []
+
+    def keep(graph, inputs):
+        stored.extend(node.target for node in graph.graph.nodes if "force_stride_order" in str(node.target))
+        return graph.forward
+
+    x = torch.randn(8, 16)
+    assert torch.equal(torch.compile(quantized, backend=keep, fullgraph=True)(x).float(), quantized(x).float())
+    assert len(stored) == 1
+    assert computed_once(x) is x, "nothing is to be gained where no compiler is"

@@ -17,7 +17,7 @@ def test_what_streaming_costs(tmp_path):
     done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     compared = re.findall(r"^budget .* +([\d.]+) +([\d.]+) ms +([\d.]+) ms$", done.stdout, re.MULTILINE)
-    assert len(compared) == 5, done.stdout
+    assert len(compared) == 6, done.stdout
     for _, predicted, measured in compared:
         assert abs(float(predicted) / float(measured) - 1) < 0.05, "the model of the bus holds"
     rows = json.loads(numbers.read_text(encoding="utf-8"))
