@@ -133,8 +133,8 @@ class Stream:
     """Streamed blocks in slots of ``size`` bytes on ``device``; a block may compute within ``present``.
 
     ``sources`` gives the weights of a block as flat uint8 tensors with the offset of each in the slot. They must not
-    change before ``drain``. What it refers to must not hold the ``Stream``: its slots are to go with its last user. Blocks may come in any order; those that come in the order of ``streamed`` were fetched
-    while earlier ones computed.
+    change before ``drain``. What it refers to must not hold the ``Stream``: its slots are to go with its last user.
+    Blocks may come in any order; those that come in the order of ``streamed`` were fetched while earlier ones computed.
     """
 
     def __init__(
