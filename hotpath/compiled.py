@@ -26,7 +26,7 @@ from torch.func import functional_call
 from .artifacts import Kept
 from .counters import breaks_since, breaks_so_far, graphs_so_far, last_guard_failure, source_line
 from .graphs import Graph, NotAhead, compile_graph, load_graph
-from .inductor import forget_compiler, may_be_for_trust, region_options, trust_compiler
+from .inductor import forget_compiler, may_lack_instructions, region_options, trust_compiler
 from .limits import graph_limit
 from .memory import peak_bytes
 from .reasons import plain_reason
@@ -284,7 +284,7 @@ class Region:
             reason = f"the limit of {self._limit} graphs was reached; last {self._why_compiled_again()}"
             raise RegionFailed(self.name, reason) from error
         except TorchDynamoException as error:
-            if not self._probed and may_be_for_trust(error):
+            if not self._probed and may_lack_instructions(error):
                 forget_compiler()
                 self._use(probe=True)
                 return self._run(weights, inputs)

@@ -44,8 +44,8 @@ def trust_compiler() -> None:
                 vars(kind).pop("check_build", None)
 
 
-def may_be_for_trust(error: BaseException) -> bool:
-    """Whether code for an instruction set that was not probed could not be compiled or loaded."""
+def may_lack_instructions(error: BaseException) -> bool:
+    """Whether ``error`` may be that of code for an instruction set that the C++ compiler lacks."""
     inner = getattr(error, "inner_exception", error)
     return isinstance(inner, (CppCompileError, ImportError, OSError))
 
