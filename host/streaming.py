@@ -112,6 +112,12 @@ def _pieces(layers: Sequence[Any]) -> tuple[list[_Piece], int]:
     return pieces, offset
 
 
+def _placed(pieces: Sequence[_Piece]) -> Iterator[tuple[Tensor, int]]:
+    """The tensors of ``pieces``, each with its offset in a slot."""
+    for piece in pieces:
+        yield from zip(piece.tensors, piece.offsets, strict=True)
+
+
 def _flat(tensor: Tensor) -> Tensor:
     return tensor.detach().contiguous().reshape(-1).view(torch.uint8)
 
@@ -120,7 +126,7 @@ def _within(buffer: Tensor, piece: _Piece) -> nn.Parameter:
     """The parameter of ``piece`` whose bytes are in ``buffer``."""
     views = [
         buffer[offset : offset + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
-        for tensor, offset in zip(piece.tensors, piece.offsets, strict=True)
+        for tensor, offset in _placed([piece])
     ]
     value = views[0]
     if isinstance(piece.parameter, QuantizedTensor):
@@ -157,9 +163,9 @@ class PinnedCopies:
         elif not comfy.model_management.is_device_cpu(comfy.model_management.get_torch_device()):
             return
         self._buffers[path] = buffer
+        for tensor, offset in _placed(pieces):
+            buffer[offset : offset + tensor.nbytes].copy_(_flat(tensor))
         for piece in pieces:
-            for tensor, offset in zip(piece.tensors, piece.offsets, strict=True):
-                buffer[offset : offset + tensor.nbytes].copy_(_flat(tensor))
             piece.layer._parameters[piece.name] = _within(buffer, piece)
 
     def buffer(self, path: str, pieces: Sequence[_Piece]) -> Tensor | None:
@@ -168,11 +174,7 @@ class PinnedCopies:
         if buffer is None:
             return None
         start = buffer.data_ptr()
-        inside = all(
-            tensor.data_ptr() == start + offset
-            for piece in pieces
-            for tensor, offset in zip(piece.tensors, piece.offsets, strict=True)
-        )
+        inside = all(tensor.data_ptr() == start + offset for tensor, offset in _placed(pieces))
         return buffer if inside else None
 
     def release(self) -> None:
@@ -224,9 +226,7 @@ def _sources(
         )
     if buffer is not None:
         return [(buffer[:size], 0)]
-    return [
-        (_flat(tensor), offset) for piece in pieces for tensor, offset in zip(piece.tensors, piece.offsets, strict=True)
-    ]
+    return [(_flat(tensor), offset) for tensor, offset in _placed(pieces)]
 
 
 class StreamedBlocks:
@@ -253,9 +253,7 @@ class StreamedBlocks:
 
     def stop(self, patcher: ModelPatcher, *_: Any) -> None:
         """A run ended, or the host unloads the model: the slots are freed."""
-        run = self._runs.pop(patcher.model, None)
-        if run is not None:
-            run.stream.drain()
+        self._end(patcher.model)
 
     def __call__(
         self,
@@ -307,11 +305,15 @@ class StreamedBlocks:
             self.not_streamed.add(reason)
             log.info("blocks are not streamed: %s", reason)
 
+    def _end(self, model: BaseModel) -> None:
+        run = self._runs.pop(model, None)
+        if run is not None:
+            run.stream.drain()
+
     def _run(self, model: BaseModel, residency: Residency, device: torch.device) -> _Run:
         run = self._runs.get(model)
         if run is None or run.residency is not residency or run.device != device:
-            if run is not None:
-                run.stream.drain()
+            self._end(model)
             run = self._runs[model] = _Run(model, residency, device, self.prefetch_blocks, self._ahead)
         return run
 
