@@ -20,7 +20,7 @@ from torch import Tensor
 from ..hotpath.memory import peak_bytes
 from .compile import compiled_blocks
 from .eager_steps import EagerSteps
-from .flux import require_blocks
+from .families import require_family
 from .models import compiled_as_a_whole, require_model
 from .offload import KEY as OFFLOAD_KEY
 from .progress import NodeText
@@ -81,7 +81,7 @@ def benchmark_model(
     models = [model] if compare_with is None else [model, compare_with]
     for each in models:
         require_model(each)
-        require_blocks(each, "measure")
+        require_family(each, "measure")
     sides = [Side(name) for name in _names(models)]
     bar = comfy.utils.ProgressBar(len(models) * (rounds + 1) * steps)
     with text.guarded():

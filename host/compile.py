@@ -28,7 +28,8 @@ from ..hotpath.selection import select_blocks
 from ..hotpath.template import Around, BlockPlan, NotHoistable, plan_block
 from .artifacts import kept_region
 from .eager_steps import eager_seconds, note_quickest, step_kind
-from .flux import KINDS, BlockKind, attention_for, bind_for, region_inputs, require_blocks, token_dims
+from .families import kinds_of, require_family
+from .families.kinds import BlockKind
 from .models import compiles_whole_model, require_model, to_device
 from .progress import NodeText, StepClock
 from .weights import Layers, block_weights, in_place, layer_states, plain_layer
@@ -36,8 +37,6 @@ from .weights import Layers, block_weights, in_place, layer_states, plain_layer
 log = logging.getLogger(__name__)
 
 WRAPPER_KEY = "hotpath_compile"
-# The input that modulation is made from; a region takes what was made of it ahead of time.
-_VECTOR = "vec"
 # More blocks than this are counted rather than named.
 _FEW = 3
 REGIONS = RegionStore(capacity=64)
@@ -66,11 +65,10 @@ def compile_repeated_blocks(
             the mode can't work on the model's device.
     """
     require_model(model)
-    diffusion_model = require_blocks(model, "compile")
-    counts = {kind.name: len(kind.blocks(diffusion_model)) for kind in KINDS}
-    selection = {"double": double_blocks, "single": single_blocks}
-    selected = [select_blocks(f"{name}_blocks", selection[name], count) for name, count in counts.items()]
-    if not any(selected):
+    require_family(model, "compile")
+    diffusion_model = model.get_model_object("diffusion_model")
+    selection = {"double_blocks": double_blocks, "single_blocks": single_blocks}
+    if not any(blocks for _, blocks in selected_blocks(diffusion_model, selection)):
         raise ValueError(
             f"double_blocks, single_blocks: {double_blocks!r} and {single_blocks!r} leave no block of this model to "
             "compile. Set one of them to 'all' or a range, or bypass this node."
@@ -83,6 +81,22 @@ def compile_repeated_blocks(
     compiled.remove_callbacks_with_key(CallbacksMP.ON_PRE_RUN, WRAPPER_KEY)
     compiled.add_callback_with_key(CallbacksMP.ON_PRE_RUN, WRAPPER_KEY, blocks.start)
     return compiled
+
+
+def selected_blocks(
+    diffusion_model: nn.Module, selection: Mapping[str, str]
+) -> list[tuple[BlockKind, dict[int, nn.Module]]]:
+    """The kinds of blocks of the model, each with the blocks selected by index.
+
+    Raises:
+        ValueError: a block is outside the model.
+    """
+    found = []
+    for kind in kinds_of(diffusion_model):
+        blocks = kind.blocks(diffusion_model)
+        chosen = select_blocks(kind.selected_by, selection[kind.selected_by], len(blocks))
+        found.append((kind, {index: blocks[index] for index in sorted(chosen)}))
+    return found
 
 
 def compiled_blocks(model: ModelPatcher) -> CompiledBlocks | None:
@@ -188,11 +202,8 @@ class CompiledBlocks:
         """Route the selected blocks through regions; ``forward`` is an attribute of the instance, removed after."""
         mine: list[nn.Module] = []
         try:
-            for kind in KINDS:
-                blocks = kind.blocks(diffusion_model)
-                selected = select_blocks(f"{kind.name}_blocks", self.selection[kind.name], len(blocks))
-                for index in sorted(selected):
-                    block = blocks[index]
+            for kind, selected in selected_blocks(diffusion_model, self.selection):
+                for index, block in selected.items():
                     try:
                         kind.refuse_foreign(block)
                     except NotHoistable as reason:
@@ -229,13 +240,14 @@ class CompiledBlocks:
             try:
                 if torch.is_grad_enabled():
                     raise NotHoistable("gradients are being recorded, and weights enter a region without theirs")
-                attend = attention_for(inputs.get("transformer_options", {}))
+                attend = kind.interface.attention_for(inputs.get("transformer_options", {}))
                 plan, layers = self._planned(block)
                 if plan.given:
-                    inputs[_VECTOR] = {path: block.get_submodule(path)(inputs[_VECTOR]) for path in plan.given}
+                    vector = kind.interface.vector
+                    inputs[vector] = {path: block.get_submodule(path)(inputs[vector]) for path in plan.given}
                 with in_place(layers, activation):
                     weights = block_weights(layers, activation)
-                    taken = region_inputs(inputs, activation, dynamic=self.settings.dynamic != "never")
+                    taken = kind.interface.region_inputs(inputs, activation, self.settings.dynamic != "never")
                     return self._run_compiled(kind, plan, weights, taken, attend)
             except NotHoistable as reason:
                 self._note_eager(str(reason), f"{kind.name} block {index}")
@@ -275,7 +287,7 @@ class CompiledBlocks:
         attend: Attend | None,
     ) -> Any:
         """Run the block as its region: the one that a block like it had in this step, or the one of its key."""
-        bind = bind_for(attend, inputs[kind.activation])
+        bind = kind.interface.bind_for(attend, inputs[kind.activation])
         like = plan.key, bind, torch.is_inference_mode_enabled()
         region = self._recent.get(like)
         # For whatever else is in the key of a region its graphs have guards.
@@ -323,7 +335,8 @@ class CompiledBlocks:
                 self._check_machine(region, device, dtypes)
                 self._announce(region)
             with nullcontext() if attend is None else attention_scope(attend):
-                out = region(weights, inputs, token_dims(inputs), functools.partial(self._announce, region))
+                dims = kind.interface.token_dims(inputs)
+                out = region(weights, inputs, dims, functools.partial(self._announce, region))
         except RegionFailed as failure:
             # Trying again for each of the other blocks would fail as slowly each time.
             self._failed[region] = str(failure)

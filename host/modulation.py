@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from ..hotpath.ahead import Table, content_key
 from ..hotpath.template import Given, NotHoistable, refuse_bolted_on
-from .flux import conditioning_vector, modulations, named_blocks
+from .families import family_of, named_modulations
 from .models import to_device, why_untouched
 from .progress import PartText
 from .weights import refuse_replaced_forward
@@ -35,8 +35,8 @@ def modulation_layers(diffusion_model: nn.Module) -> dict[str, Any]:
     """The Linear layers of all blocks' modulation, by their path in the diffusion model."""
     return {
         f"{path}.{name}.lin": module.lin
-        for path, block in named_blocks(diffusion_model)
-        for name, module in modulations(block).items()
+        for path, _, modulations in named_modulations(diffusion_model)
+        for name, module in modulations.items()
     }
 
 
@@ -200,8 +200,8 @@ class _State:
     def _usable(self, diffusion_model: nn.Module, patcher: ModelPatcher) -> dict[str, Any]:
         """The modulation modules by path, but of blocks where one would not compute as the host defines it."""
         found, any_of_their_own = {}, False
-        for prefix, block in named_blocks(diffusion_model):
-            modules = {f"{prefix}.{name}": module for name, module in modulations(block).items()}
+        for prefix, _, modulations in named_modulations(diffusion_model):
+            modules = {f"{prefix}.{name}": module for name, module in modulations.items()}
             any_of_their_own |= bool(modules)
             try:
                 for path, module in modules.items():
@@ -250,10 +250,11 @@ def _refuse_changed(path: str, module: Any, patcher: ModelPatcher) -> None:
 def _foresee(model: BaseModel, t: Tensor, sigmas: Tensor | None, conds: Mapping[str, Any]) -> Iterator[Tensor]:
     """The vectors that the schedule will bring under this call's conditioning, as the host makes them."""
     dtype = model.get_dtype_inference()
+    family: Any = family_of(model.diffusion_model)
     guidance, y = (convert_tensor(conds.get(name), dtype, t.device) for name in ("guidance", "y"))
     for sigma in [] if sigmas is None else sigmas:
         timesteps = model.model_sampling.timestep(torch.ones_like(t) * sigma).float()
-        yield conditioning_vector(model.diffusion_model, timesteps, guidance, y, dtype)
+        yield family.conditioning_vector(model.diffusion_model, timesteps, guidance, y, dtype)
 
 
 @contextmanager

@@ -12,7 +12,7 @@ from comfy.model_patcher import LowVramPatch, ModelPatcher
 from comfy.patcher_extension import CallbacksMP, WrappersMP
 
 from ..hotpath.stream import resident_blocks
-from .flux import require_blocks
+from .families import require_family
 from .models import require_model
 from .modulation import ModulationAhead, modulation_layers
 from .progress import NodeText, PartText
@@ -63,7 +63,7 @@ def offload_repeated_blocks(model: ModelPatcher, settings: OffloadSettings, text
         ValueError: ``model`` is no MODEL or has no repeated blocks, or its memory is managed by another pack.
     """
     require_model(model)
-    require_blocks(model, "offload")
+    require_family(model, "offload")
     offloaded = model.clone()
     offloaded.remove_wrappers_with_key(WrappersMP.APPLY_MODEL, KEY)
     for callback in (CallbacksMP.ON_PRE_RUN, CallbacksMP.ON_DETACH, CallbacksMP.ON_CLEANUP):

@@ -20,7 +20,7 @@ from comfy.quant_ops import QuantizedTensor
 from torch import Tensor, nn
 
 from ..hotpath.template import NotHoistable, refuse_bolted_on
-from .flux import modulations, named_blocks, require_blocks
+from .families import named_blocks, named_modulations, require_family
 from .formats import VECTOR_FORMAT, Format, require_format
 from .models import require_model
 from .progress import NodeText
@@ -83,7 +83,8 @@ def quantize_repeated_blocks(model: ModelPatcher, format: str, skip: str, text: 
             nothing is left to quantize.
     """
     require_model(model)
-    diffusion_model = require_blocks(model, "quantize")
+    require_family(model, "quantize")
+    diffusion_model = model.get_model_object("diffusion_model")
     wanted = require_format(format, model.load_device)
     _refuse_patched_objects(model)
     formats, counts = choose(diffusion_model, wanted, skip)
@@ -130,8 +131,8 @@ def choose(diffusion_model: nn.Module, wanted: Format, skip: str) -> tuple[dict[
     unused, names = set(patterns), []
     formats: dict[str, Format] = {}
     counts: Counter[str] = Counter()
-    for prefix, block in named_blocks(diffusion_model):
-        vector = {f"{name}.lin" for name in modulations(block)}
+    for prefix, block, modulations in named_modulations(diffusion_model):
+        vector = {f"{name}.lin" for name in modulations}
         for name, layer in _linears(prefix, block):
             names.append(name)
             full = f"{prefix}.{name}"

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from ..hotpath.stream import ALIGNMENT, Stream, copy_engine
 from ..hotpath.template import Around
-from .flux import modulations, named_blocks
+from .families import named_blocks, named_modulations
 from .models import why_untouched
 from .progress import PartText
 
@@ -70,8 +70,8 @@ def streamable_layers(diffusion_model: nn.Module, ahead: bool) -> dict[str, dict
     """By block, the layers whose weights can be streamed, by their path in the diffusion model: Linear layers that
     the host can cast where they are used. With ``ahead`` modulation layers are none of them."""
     found: dict[str, dict[str, Any]] = {}
-    for path, block in named_blocks(diffusion_model):
-        apart = {id(module.lin) for module in modulations(block).values()} if ahead else set()
+    for path, block, modulations in named_modulations(diffusion_model):
+        apart = {id(module.lin) for module in modulations.values()} if ahead else set()
         found[path] = {
             f"{path}.{name}": layer
             for name, layer in block.named_modules()

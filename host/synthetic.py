@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,8 @@ from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import WrapperExecutor, WrappersMP
 from torch import Tensor
 
-from .flux import require_blocks
+from .families import require_family
+from .families.kinds import random_tensor
 from .models import require_model
 
 _KEY = "hotpath_synthetic"
@@ -98,8 +99,7 @@ def sample(model: ModelPatcher, inputs: Inputs, steps: int, on_step: Callable[[]
         ValueError: ``model`` is no MODEL, or none of those that this pack speeds up.
     """
     require_model(model)
-    diffusion_model: Any = require_blocks(model, "run")
-    params = diffusion_model.params
+    family = require_family(model, "run")
     seconds: list[float] = []
 
     def timed(executor: WrapperExecutor, *args: Any, **kwargs: Any) -> Any:
@@ -116,7 +116,7 @@ def sample(model: ModelPatcher, inputs: Inputs, steps: int, on_step: Callable[[]
     timing = model.clone()
     timing.add_wrapper_with_key(WrappersMP.PREDICT_NOISE, _KEY, timed)
     noise = _noise(model, inputs)
-    condition = [[_random(1, inputs.tokens, params.context_in_dim), _extras(params)]]
+    condition = [list(family.conditioning(model.get_model_object("diffusion_model"), inputs.tokens))]
     with torch.inference_mode():
         comfy.sample.sample(
             timing,
@@ -137,16 +137,7 @@ def sample(model: ModelPatcher, inputs: Inputs, steps: int, on_step: Callable[[]
 def _noise(model: ModelPatcher, inputs: Inputs) -> Tensor:
     latent = model.get_model_object("latent_format")
     scale = latent.spacial_downscale_ratio
-    return _random(inputs.batch, latent.latent_channels, inputs.height // scale, inputs.width // scale)
-
-
-def _extras(params: Any) -> Mapping[str, Any]:
-    width = getattr(params, "vec_in_dim", None)
-    return {"guidance": 3.5, **({"pooled_output": _random(1, width)} if width else {})}
-
-
-def _random(*shape: int) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    return random_tensor(inputs.batch, latent.latent_channels, inputs.height // scale, inputs.width // scale)
 
 
 def _synchronize(device: torch.device) -> None:

@@ -42,7 +42,7 @@ def test_a_step_is_issued_without_waiting_for_the_device(dynamic):
 @pytest.mark.parametrize("format", ["float8_e4m3fn", "int8_tensorwise"])
 def test_quantized_checkpoints_run_as_two_graphs_as_the_host_computes_them(format, monkeypatch):
     from hotpath_pack.host import compile as host_compile
-    from hotpath_pack.host import flux
+    from hotpath_pack.host.families import flux
 
     run = dict(size=(512, 512), tokens=64)
     plain = load(2, 3, torch.bfloat16)

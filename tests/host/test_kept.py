@@ -9,7 +9,7 @@ from hotpath_pack.devtools import checkpoints
 from hotpath_pack.host import artifacts
 from hotpath_pack.host import compile as host_compile
 from hotpath_pack.host.compile import compile_repeated_blocks
-from hotpath_pack.host.flux import bind_cudnn, bind_opaque, bind_traced
+from hotpath_pack.host.families.flux import bind_cudnn, bind_opaque, bind_traced
 from hotpath_pack.host.offload import OffloadSettings, offload_repeated_blocks
 from hotpath_pack.host.weights import plain_layer
 from hotpath_pack.hotpath import graphs

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import functools
-import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import comfy.ldm.flux.layers
@@ -13,77 +11,20 @@ import comfy.ldm.flux.math
 import comfy.ldm.modules.attention
 import comfy.model_management
 import torch
-from comfy.model_patcher import ModelPatcher
 from torch import Tensor, nn
 
-from ..hotpath.attention import Attend, cudnn_attention, opaque_attention
-from ..hotpath.sizes import as_size, from_size
-from ..hotpath.template import NotHoistable, refuse_bolted_on
-from .weights import class_name, refuse_replaced_forward
+from ...hotpath.attention import Attend, cudnn_attention, opaque_attention
+from ...hotpath.sizes import as_size, from_size
+from ...hotpath.template import NotHoistable
+from .kinds import BlockKind, Family, Interface, random_tensor
 
 _SPANS = ("modulation_dims", "modulation_dims_img", "modulation_dims_txt")
-
-SUPPORTED = "Flux.1 (dev, schnell, Fill, Kontext and the like), Flux.2 and Chroma"
-
-
-@dataclass(frozen=True)
-class BlockKind:
-    """A list of repeated blocks of the diffusion model; ``streams`` of their inputs have a token count of their own."""
-
-    name: str
-    attribute: str
-    block: type[nn.Module]
-    activation: str
-    streams: int
-
-    @functools.cached_property
-    def parameters(self) -> tuple[str, ...]:
-        """Names of the forward's parameters after ``self``, in order."""
-        return tuple(inspect.signature(self.block.forward).parameters)[1:]
-
-    def blocks(self, diffusion_model: nn.Module) -> list[nn.Module]:
-        """The model's blocks of this kind; empty when it has none that the host's Flux code defines."""
-        blocks = getattr(diffusion_model, self.attribute, None)
-        if isinstance(blocks, nn.ModuleList) and any(isinstance(block, self.block) for block in blocks):
-            return list(blocks)
-        return []
-
-    def refuse_foreign(self, block: nn.Module) -> None:
-        """Raise NotHoistable for a block of another class, or with another forward than the host's."""
-        if type(block) is not self.block:
-            raise NotHoistable(f"{class_name(type(block))} is not the host's block")
-        refuse_replaced_forward(self.block)
-        refuse_bolted_on("", block)
-
-
-KINDS = (
-    BlockKind("double", "double_blocks", comfy.ldm.flux.layers.DoubleStreamBlock, "img", 2),
-    BlockKind("single", "single_blocks", comfy.ldm.flux.layers.SingleStreamBlock, "x", 1),
-)
-
-
-def named_blocks(diffusion_model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """All repeated blocks by their path in the diffusion model."""
-    for kind in KINDS:
-        for index, block in enumerate(kind.blocks(diffusion_model)):
-            yield f"{kind.attribute}.{index}", block
 
 
 def modulations(block: nn.Module) -> dict[str, Any]:
     """The block's own modulation modules by name; none where all blocks share theirs or have none."""
     kind = comfy.ldm.flux.layers.Modulation
     return {name: module for name, module in block.named_children() if isinstance(module, kind)}
-
-
-def require_blocks(model: ModelPatcher, verb: str) -> nn.Module:
-    """The diffusion model of ``model``. Raise ValueError when it has no repeated blocks to ``verb``."""
-    diffusion_model = model.get_model_object("diffusion_model")
-    if not any(kind.blocks(diffusion_model) for kind in KINDS):
-        raise ValueError(
-            f"model: {type(model.model).__name__} ({type(diffusion_model).__name__}) has no repeated double-stream or "
-            f"single-stream blocks to {verb}. Supported are {SUPPORTED}."
-        )
-    return diffusion_model
 
 
 def conditioning_vector(
@@ -232,3 +173,29 @@ def bind_for(attend: Attend | None, like: Tensor) -> Callable[[Mapping[str, Any]
     # Hopper alone: elsewhere the host's order was measured to be the faster one, or nothing was.
     nvidia = like.is_cuda and comfy.model_management.is_nvidia()
     return bind_cudnn if nvidia and torch.cuda.get_device_capability(like.device)[0] == 9 else bind_traced
+
+
+def conditioning(diffusion_model: Any, tokens: int) -> tuple[Tensor, dict[str, Any]]:
+    """Random text (1, tokens, width), and the guidance and pooled text (1, width) that go with it."""
+    params = diffusion_model.params
+    width = getattr(params, "vec_in_dim", None)
+    pooled = {"pooled_output": random_tensor(1, width)} if width else {}
+    return random_tensor(1, tokens, params.context_in_dim), {"guidance": 3.5, **pooled}
+
+
+_INTERFACE = Interface(attention_for, bind_for, region_inputs, token_dims, vector="vec")
+FLUX = Family(
+    name="Flux",
+    models="Flux.1 (dev, schnell, Fill, Kontext and the like), Flux.2 and Chroma",
+    kinds=(
+        BlockKind(
+            "double", "double_blocks", comfy.ldm.flux.layers.DoubleStreamBlock, "img", 2, _INTERFACE, "double_blocks"
+        ),
+        BlockKind(
+            "single", "single_blocks", comfy.ldm.flux.layers.SingleStreamBlock, "x", 1, _INTERFACE, "single_blocks"
+        ),
+    ),
+    modulations=modulations,
+    conditioning_vector=conditioning_vector,
+    conditioning=conditioning,
+)

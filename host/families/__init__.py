@@ -1,0 +1,52 @@
+"""The families of models whose repeated blocks this pack runs: one file a family, and what is asked of all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from comfy.model_patcher import ModelPatcher
+from torch import nn
+
+from .flux import FLUX
+from .kinds import BlockKind, Family
+
+FAMILIES = (FLUX,)
+SUPPORTED = "; ".join(family.models for family in FAMILIES)
+
+
+def family_of(diffusion_model: nn.Module) -> Family | None:
+    """The family that ``diffusion_model`` is of; None when its blocks are of none."""
+    return next((it for it in FAMILIES if any(kind.blocks(diffusion_model) for kind in it.kinds)), None)
+
+
+def kinds_of(diffusion_model: nn.Module) -> tuple[BlockKind, ...]:
+    """The kinds of repeated blocks that the family of ``diffusion_model`` has."""
+    family = family_of(diffusion_model)
+    return family.kinds if family else ()
+
+
+def named_blocks(diffusion_model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """All repeated blocks by their path in the diffusion model."""
+    for kind in kinds_of(diffusion_model):
+        for index, block in enumerate(kind.blocks(diffusion_model)):
+            yield f"{kind.attribute}.{index}", block
+
+
+def named_modulations(diffusion_model: nn.Module) -> Iterator[tuple[str, nn.Module, dict[str, Any]]]:
+    """``named_blocks``, each with its own modulation modules by name."""
+    family = family_of(diffusion_model)
+    for path, block in named_blocks(diffusion_model):
+        yield path, block, family.modulations(block) if family else {}
+
+
+def require_family(model: ModelPatcher, verb: str) -> Family:
+    """The family of ``model``. Raise ValueError when it has no repeated blocks to ``verb``."""
+    diffusion_model = model.get_model_object("diffusion_model")
+    family = family_of(diffusion_model)
+    if family is None:
+        raise ValueError(
+            f"model: {type(model.model).__name__} ({type(diffusion_model).__name__}) has no repeated blocks to {verb} "
+            f"that this pack knows. Supported are {SUPPORTED}."
+        )
+    return family

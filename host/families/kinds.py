@@ -1,0 +1,109 @@
+"""What a family of models is to this pack, as data: its repeated blocks, how they are called, what they read."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ...hotpath.attention import Attend
+from ...hotpath.compiled import Bind
+from ...hotpath.template import NotHoistable, refuse_bolted_on
+from ..weights import class_name, refuse_replaced_forward
+
+
+@dataclass(frozen=True)
+class Interface:
+    """How blocks are called and what they read, the same for all kinds of a family.
+
+    Attributes:
+        attention_for: how the blocks' attention must run under these options; None when it can be traced with them.
+            Raises NotHoistable where the host's attention was replaced.
+        bind_for: how the blocks are traced with that attention, on the device of this tensor.
+        region_inputs: (inputs, activation, dynamic) -> the block's arguments as a region takes them: tensors and what
+            stays the same from step to step, with token counts as sizes that are ``dynamic``.
+        token_dims: the token dimensions of those of these inputs that have any.
+        vector: the input that modulation is made from, where it can be made ahead of time.
+    """
+
+    attention_for: Callable[[Mapping[str, Any]], Attend | None]
+    bind_for: Callable[[Attend | None, Tensor], Bind]
+    region_inputs: Callable[[Mapping[str, Any], Tensor, bool], dict[str, Any]]
+    token_dims: Callable[[Mapping[str, Any]], dict[str, tuple[int, ...]]]
+    vector: str = ""
+
+
+@dataclass(frozen=True)
+class BlockKind:
+    """A list of repeated blocks of the diffusion model.
+
+    Attributes:
+        name: what the node and the log call it.
+        attribute: the ``nn.ModuleList`` of the diffusion model.
+        block: the host's class of its blocks.
+        activation: the input whose device and dtype the block computes in.
+        streams: how many of its inputs have a token count of their own.
+        interface: how its blocks are called.
+        selected_by: the input of Compile Repeated Blocks that selects among them.
+    """
+
+    name: str
+    attribute: str
+    block: type[nn.Module]
+    activation: str
+    streams: int
+    interface: Interface
+    selected_by: str
+
+    @functools.cached_property
+    def parameters(self) -> tuple[str, ...]:
+        """Names of the forward's parameters after ``self``, in order."""
+        return tuple(inspect.signature(self.block.forward).parameters)[1:]
+
+    def blocks(self, diffusion_model: nn.Module) -> list[nn.Module]:
+        """The model's blocks of this kind; empty when it has none that the host's code of this family defines."""
+        blocks = getattr(diffusion_model, self.attribute, None)
+        if isinstance(blocks, nn.ModuleList) and any(isinstance(block, self.block) for block in blocks):
+            return list(blocks)
+        return []
+
+    def refuse_foreign(self, block: nn.Module) -> None:
+        """Raise NotHoistable for a block of another class, or with another forward than the host's."""
+        if type(block) is not self.block:
+            raise NotHoistable(f"{class_name(type(block))} is not the host's block")
+        refuse_replaced_forward(self.block)
+        refuse_bolted_on("", block)
+
+
+@dataclass(frozen=True)
+class Family:
+    """Models whose blocks are of the same kinds.
+
+    Attributes:
+        name: of the family, for messages.
+        models: what is supported of it, for messages.
+        kinds: its lists of blocks, in the order in which they run.
+        modulations: a block's own modulation modules by name, each with its Linear layer as ``lin``; none where all
+            blocks share theirs or have none.
+        conditioning_vector: (diffusion model, timesteps, guidance, pooled text, dtype) -> the vector that the host
+            gives the blocks of this family.
+        conditioning: (diffusion model, tokens) -> random text of so many tokens and all else that the host's
+            conditioning holds for it.
+    """
+
+    name: str
+    models: str
+    kinds: tuple[BlockKind, ...]
+    modulations: Callable[[nn.Module], dict[str, Any]]
+    conditioning_vector: Callable[[Any, Tensor, Tensor | None, Tensor | None, torch.dtype], Tensor]
+    conditioning: Callable[[Any, int], tuple[Tensor, dict[str, Any]]]
+
+
+def random_tensor(*shape: int) -> Tensor:
+    """Normal numbers, the same at each call."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0))
