@@ -182,6 +182,8 @@ def run_start(rounds: int, json: Path | None) -> int:
     progress.done()
     print("The first step after a start, each in a process of its own, one thread\n")
     print_table(start.rows(seen))
+    print("\nSeconds of the first step by part\n")
+    print_table(start.parts(seen))
     if json:
         write_json(json, seen)
     return 0

@@ -1,7 +1,7 @@
 """A model of Flux.1-dev's shape on one GPU: eager, and each way to compile it, measured in turns in one run.
 
     python -m benchmarks.gpu [--json FILE] [--profile FOLDER]
-    python -m benchmarks.gpu --start [--json FILE]
+    python -m benchmarks.gpu --start [--blocks DOUBLE SINGLE] [--rounds N] [--sides NAME ...] [--json FILE]
 
 Needs ``COMFYUI_PATH``; ``devtools.trimmed`` gathers a small one, with wheels, for a machine without a network.
 """
@@ -9,7 +9,6 @@ Needs ``COMFYUI_PATH``; ``devtools.trimmed`` gathers a small one, with wheels, f
 from __future__ import annotations
 
 import argparse
-import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -21,7 +20,7 @@ import torch
 from torch import Tensor
 
 from devtools import gpu_host
-from devtools.cli import positive, run_tool, write_json
+from devtools.cli import positive, print_table, run_tool, write_json
 from devtools.gpu_host import (
     compiled,
     compiled_per_block,
@@ -32,9 +31,13 @@ from devtools.gpu_host import (
     quantize,
     time_steps,
 )
-from devtools.gpu_start import start
+
+from . import start
 
 GIB = 2**30
+BLOCKS = (19, 38)
+# As long to compile and to load as all of them, but for the whole model, which takes longer the more there are.
+START_BLOCKS = (4, 8)
 TEXT_TOKENS = 512
 SIZES = ((1024, 1024), (768, 1344), (832, 1216))
 IMAGE_STEPS = 28
@@ -65,7 +68,7 @@ class Side:
 
 def main(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="benchmarks.gpu", description=__doc__)
-    parser.add_argument("--blocks", type=positive, nargs=2, default=(19, 38), metavar=("DOUBLE", "SINGLE"))
+    parser.add_argument("--blocks", type=positive, nargs=2, metavar=("DOUBLE", "SINGLE"))
     parser.add_argument("--hidden", type=positive, default=3072, metavar="N")
     parser.add_argument("--resident", action="store_true", help="without the host's dynamic VRAM")
     parser.add_argument("--formats", nargs="*", default=(), metavar="NAME", help="also quantized to these")
@@ -73,19 +76,21 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--sides", nargs="+", metavar="NAME", help="only these")
     parser.add_argument("--profile", type=Path, metavar="FOLDER", help="also write each side's kernels there")
     parser.add_argument(
-        "--start", action="store_true", help="only the first step, compiled and loaded, in new processes"
+        "--start", action="store_true", help="only the first prompt of each side, by part, in new processes"
     )
+    parser.add_argument("--rounds", type=positive, default=1, metavar="N", help="with --start: starts of each side")
     parser.add_argument("--json", type=Path, metavar="FILE")
     given = parser.parse_args(arguments)
     if given.start:
-        return measure_starts(given.json)
+        blocks = tuple(given.blocks or START_BLOCKS)
+        return measure_starts(blocks, given.rounds, given.sides, given.json)
     gpu_host.start(dynamic_vram=not given.resident)
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, CUDA {torch.version.cuda}")
     ceilings = measure_ceilings()
     print(", ".join(f"{name} {value:.0f}" for name, value in ceilings.items()), flush=True)
     sides = [
         side
-        for side in make_sides(given.blocks, given.hidden, given.formats, given.shares)
+        for side in make_sides(given.blocks or BLOCKS, given.hidden, given.formats, given.shares)
         if given.sides is None or side.name in given.sides
     ]
     measure(sides, ceilings["host to device GB/s"] * 1e6)
@@ -107,16 +112,17 @@ def write(path: Path | None, ceilings: dict[str, float], sides: Sequence[Side]) 
         write_json(path, {"device": torch.cuda.get_device_name(), "ceilings": ceilings, "sides": numbers})
 
 
-def measure_starts(json: Path | None) -> int:
-    """Each start with empty compiler caches; the second finds what the first stored."""
-    with tempfile.TemporaryDirectory(prefix="hotpath-") as temporary:
-        folder = Path(temporary)
-        starts = {name: start(folder / name, folder / "user", "wide") for name in ("compiled", "loaded")}
-    for name, found in starts.items():
-        counts = f"{found['graphs']} graphs, {found['frames']} Dynamo frames, {len(found['processes'])} processes"
-        print(f"{name}: first step {found['first step']:.2f} s, of it loading {found['loading']:.2f} s, {counts}")
+def measure_starts(blocks: tuple[int, int], rounds: int, names: Sequence[str] | None, json: Path | None) -> int:
+    """The first prompt of each side in new processes, beside eager's, and where its time goes."""
+    wide = start.Shape(blocks, 3072, 4096, 768, "bfloat16", SIZES[0], TEXT_TOKENS)
+    groups = [group for group in start.ON_A_GPU if names is None or any(side.name in names for side in group)]
+    seen = start.measure(rounds, lambda text: print(f"{text} ...", flush=True), groups, wide)
+    print(f"\n{torch.cuda.get_device_name()}, torch {torch.__version__}, {blocks[0]} + {blocks[1]} blocks")
+    print_table(start.rows(seen))
+    print("\nSeconds of the first step by part")
+    print_table(start.parts(seen))
     if json:
-        write_json(json, starts)
+        write_json(json, seen)
     return 0
 
 
