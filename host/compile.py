@@ -32,7 +32,7 @@ from .families import kinds_of, require_family
 from .families.kinds import BlockKind
 from .models import compiles_whole_model, require_model, to_device
 from .progress import NodeText, StepClock
-from .weights import Layers, block_weights, in_place, layer_states, plain_layer
+from .weights import Layers, block_weights, in_place, layer_states, plain_layers
 
 log = logging.getLogger(__name__)
 
@@ -240,7 +240,7 @@ class CompiledBlocks:
             try:
                 if torch.is_grad_enabled():
                     raise NotHoistable("gradients are being recorded, and weights enter a region without theirs")
-                attend = kind.interface.attention_for(inputs.get("transformer_options", {}))
+                attend = kind.interface.attention_for(inputs.get("transformer_options", {}), block)
                 plan, layers = self._planned(block)
                 if plan.given:
                     vector = kind.interface.vector
@@ -269,7 +269,7 @@ class CompiledBlocks:
                 return plan, plan.layers(block)
             except NotHoistable:
                 del self._plans[block]
-        layer_for = functools.partial(plain_layer, fuses=self.settings.backend == "inductor")
+        layer_for = plain_layers(block, fuses=self.settings.backend == "inductor")
         plan = self._plans[block] = plan_block(block, layer_for, layer_states)
         return plan, plan.layers(block)
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import PureWindowsPath
 from typing import Any
 
-import comfy.ldm.flux.layers
 import comfy.model_management
 import comfy.model_prefetch
 import comfy.ops
@@ -19,19 +19,20 @@ from torch.nn import LayerNorm, Linear, RMSNorm
 
 from ..hotpath.compiled import plain_tensor
 from ..hotpath.gelu import LogisticGelu
-from ..hotpath.template import NotHoistable
+from ..hotpath.template import NotHoistable, PlainLayer
+from .containers import HostsAttention, container_state, is_container, is_preference, preferred_attention
 from .quantized import format_in_use, quantized_layer, quantized_weights, quantizes_activations_itself
 
-_CONTAINERS = (comfy.ldm.flux.layers.__name__, "torch.nn.modules")
 # The state of a mixed precision Linear that computes in no quantized format.
 _CAST = "cast"
 _MIXED_PRECISION_LINEAR = "mixed_precision_ops.<locals>.MixedPrecisionOps.Linear"
 
 
-def plain_layer(module: Any, fuses: bool = False) -> nn.Module | None:
+def plain_layer(module: Any, fuses: bool = False, preferred: nn.Module | None = None) -> nn.Module | None:
     """The layer with the same maths as a host layer, on the meta device; None for a container.
 
-    ``fuses``: it is for a compiler that makes one kernel of many elementwise operations.
+    ``fuses``: it is for a compiler that makes one kernel of many elementwise operations. ``preferred``: the block's
+    ``preferred_attention``, whose function runs outside of the region.
 
     Raises:
         NotHoistable: the class is foreign, or its forward is not the one it was defined with.
@@ -46,7 +47,9 @@ def plain_layer(module: Any, fuses: bool = False) -> nn.Module | None:
         return LogisticGelu()
     base = next((known for known in (Linear, LayerNorm, RMSNorm) if issubclass(kind, known)), None)
     if base is None:
-        if kind.__module__.startswith(_CONTAINERS):
+        if is_preference(module) and (module.function is None or module is preferred):
+            return HostsAttention()
+        if is_container(kind):
             return None
         raise NotHoistable(f"{class_name(kind)} is not a layer that HotPath knows")
     if kind is not base and not _casts_like_the_host(kind, base):
@@ -59,10 +62,17 @@ def plain_layer(module: Any, fuses: bool = False) -> nn.Module | None:
     return RMSNorm(module.normalized_shape, module.eps, module.elementwise_affine, device="meta")
 
 
-def layer_states(kind: type) -> Callable[[Any], str] | None:
+def plain_layers(block: nn.Module, fuses: bool) -> PlainLayer:
+    """``plain_layer`` for the modules of ``block``."""
+    return functools.partial(plain_layer, fuses=fuses, preferred=preferred_attention(block))
+
+
+def layer_states(kind: type) -> Callable[[Any], Hashable] | None:
     """What tells how a layer of this class computes now, where that may change without it changing: in which quantized
-    format, or with a weight that the host casts."""
-    return (lambda layer: format_in_use(layer) or _CAST) if _is_mixed_precision_linear(kind) else None
+    format, or with a weight that the host casts; the plain state of a module that this pack doesn't know."""
+    if issubclass(kind, (Linear, LayerNorm, RMSNorm)):
+        return (lambda layer: format_in_use(layer) or _CAST) if _is_mixed_precision_linear(kind) else None
+    return container_state(kind)
 
 
 def class_name(kind: type) -> str:

@@ -10,6 +10,7 @@ import hashlib
 import inspect
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from itertools import groupby
@@ -309,12 +310,19 @@ def global_dependency(guarded: str, aliases: Mapping[str, str], module: str) -> 
 
 
 def traced_places(roots: Iterable[Any]) -> set[tuple[str, int]]:
-    """Module and first line of all functions among ``roots``, of their classes, and of what these define inside."""
-    return {
-        (function.__module__, code.co_firstlineno)
-        for function in _functions(roots)
-        for code in _codes(function.__code__)
-    }
+    """Module and first line of all functions among ``roots``, of their classes, and of what these define inside.
+
+    Of what is defined inside, the line from which Python shows its text, too, as Dynamo tells that one: a generator's
+    is that of the function around it.
+    """
+    places = set()
+    for function in _functions(roots):
+        for code in _codes(function.__code__):
+            places.add((function.__module__, code.co_firstlineno))
+            if code is not function.__code__:
+                with suppress(OSError, SyntaxError):
+                    places.add((function.__module__, inspect.getsourcelines(code)[1]))
+    return places
 
 
 def _functions(values: Iterable[Any]) -> Iterator[FunctionType]:

@@ -184,7 +184,7 @@ def plan_block(block: nn.Module, plain_layer: PlainLayer, layer_states: LayerSta
             raise NotHoistable(f"{path or 'the block'} ({type(module).__name__}) holds weights outside a known layer")
         values = own_state(module)
         for name, value in values.items():
-            if not _is_plain(value):
+            if not is_plain(value):
                 raise NotHoistable(f"{path or 'the block'}.{name} is a {type(value).__name__}, which can't be copied")
         key.append((path, type(module), tuple(sorted(values.items(), key=lambda item: item[0]))))
         twin = type(module).__new__(type(module))
@@ -205,7 +205,8 @@ def _is_given(module: nn.Module) -> bool:
     return isinstance(module.__dict__.get("forward"), Given)
 
 
-def _is_plain(value: object) -> bool:
+def is_plain(value: object) -> bool:
+    """Whether a template can copy ``value``: a number, text, dtype or device, None, or a tuple of such."""
     if isinstance(value, tuple):
-        return all(_is_plain(item) for item in value)
+        return all(is_plain(item) for item in value)
     return isinstance(value, _PLAIN_VALUES)

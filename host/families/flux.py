@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from ...hotpath.attention import Attend, cudnn_attention, opaque_attention
 from ...hotpath.sizes import as_size, from_size
 from ...hotpath.template import NotHoistable
+from ..containers import preferred_attention
 from .kinds import BlockKind, Family, Interface, random_tensor
 
 _SPANS = ("modulation_dims", "modulation_dims_img", "modulation_dims_txt")
@@ -54,8 +55,8 @@ def token_dims(inputs: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     return {name: dims[name] for name in dims if inputs.get(name) is not None}
 
 
-def attention_for(options: Mapping[str, Any]) -> Attend | None:
-    """How the blocks' attention must run under these options; None when it can be traced with the block.
+def attention_for(options: Mapping[str, Any], block: nn.Module) -> Attend | None:
+    """How the attention of ``block`` must run under these options; None when it can be traced with the block.
 
     Raises:
         NotHoistable: the host's attention was replaced by code that does not honour the host's override.
@@ -67,19 +68,22 @@ def attention_for(options: Mapping[str, Any]) -> Attend | None:
     if not hasattr(math.optimized_attention, "__wrapped__"):
         raise NotHoistable(f"the host's attention was replaced by {math.optimized_attention.__module__}")
     patches = options.get("patches", {})
+    preferred = preferred_attention(block)
     if (
-        math.optimized_attention is comfy.ldm.modules.attention.attention_pytorch
+        preferred is None
+        and math.optimized_attention is comfy.ldm.modules.attention.attention_pytorch
         and math.apply_rope.__code__.co_filename == own_file
         and "optimized_attention_override" not in options
         and not patches.get("attn1_patch")
         and not patches.get("attn1_output_patch")
     ):
         return None
-    return functools.partial(_attend, options)
+    return functools.partial(_attend, options, {} if preferred is None else {"preferred_attention": preferred})
 
 
 def _attend(
     options: Mapping[str, Any],
+    preference: Mapping[str, Any],
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -96,7 +100,7 @@ def _attend(
         out = patch(q, k, v, pe=pe, attn_mask=mask, extra_options=extra_options)
         q, k, v = out.get("q", q), out.get("k", k), out.get("v", v)
         pe, mask = out.get("pe", pe), out.get("attn_mask", mask)
-    attn = comfy.ldm.flux.layers.attention(q, k, v, pe=pe, mask=mask, transformer_options=options)
+    attn = comfy.ldm.flux.layers.attention(q, k, v, pe=pe, mask=mask, transformer_options=options, **preference)
     for patch in patches.get("attn1_output_patch", ()):
         attn = patch(attn, extra_options)
     return attn

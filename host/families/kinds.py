@@ -22,8 +22,8 @@ class Interface:
     """How blocks are called and what they read, the same for all kinds of a family.
 
     Attributes:
-        attention_for: how the blocks' attention must run under these options; None when it can be traced with them.
-            Raises NotHoistable where the host's attention was replaced.
+        attention_for: how the attention of this block must run under these options, its ``preferred_attention``
+            honoured; None when it can be traced with it. Raises NotHoistable where the host's attention was replaced.
         bind_for: how the blocks are traced with that attention, on the device of this tensor.
         region_inputs: (inputs, activation, dynamic) -> the block's arguments as a region takes them: tensors and what
             stays the same from step to step, with token counts as sizes that are ``dynamic``.
@@ -31,7 +31,7 @@ class Interface:
         vector: the input that modulation is made from, where it can be made ahead of time.
     """
 
-    attention_for: Callable[[Mapping[str, Any]], Attend | None]
+    attention_for: Callable[[Mapping[str, Any], nn.Module], Attend | None]
     bind_for: Callable[[Attend | None, Tensor], Bind]
     region_inputs: Callable[[Mapping[str, Any], Tensor, bool], dict[str, Any]]
     token_dims: Callable[[Mapping[str, Any]], dict[str, tuple[int, ...]]]

@@ -1,5 +1,6 @@
 """Regions compiled ahead of time: what they accept, what they refuse, and in another process."""
 
+import functools
 import gc
 import os
 import shutil
@@ -13,7 +14,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from hotpath_pack.hotpath import graphs
-from hotpath_pack.hotpath.artifacts import Kept, Store, environment
+from hotpath_pack.hotpath.artifacts import FIRST_TIME, Kept, Store, environment
 from hotpath_pack.hotpath.compiled import CompileSettings, Region, RegionFailed
 from hotpath_pack.hotpath.counters import graphs_so_far
 from hotpath_pack.hotpath.fingerprint import Dependencies, Dependency, describe
@@ -418,3 +419,32 @@ def test_another_process_without_a_compiler_loads_it(tmp_path):
     done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert not empty.exists() or not [path for path in empty.rglob("*") if path.is_file()]
+
+
+def decorated(function):
+    @functools.wraps(function)
+    def wrapper(*args):
+        # Dynamo tells of the generator the line of the function that it stands in, and of that the decorator's.
+        return function(*(arg * 2 for arg in args))
+
+    return wrapper
+
+
+@decorated
+def twice_each(x):
+    return x
+
+
+class Decorated(Block):
+    def forward(self, x):
+        return nn.functional.gelu(self.linear(twice_each(x)))
+
+
+def test_a_generator_in_a_decorated_function_is_seen(tmp_path):
+    kept = Kept(Store(tmp_path / "kept"), "a block", lambda: environment(CPU))
+    compiled = Region("double block", Decorated(), as_they_are, CompileSettings(backend="inductor"), kept=kept)
+    w, x = weights(), torch.randn(1, 4, 8)
+    assert not compiled.loads(w, {"x": x})
+    want = nn.functional.gelu(nn.functional.linear(x * 2, w["linear.weight"], w["linear.bias"]))
+    torch.testing.assert_close(compiled(w, {"x": x}, DIMS), want, atol=1e-5, rtol=0)
+    assert compiled.stats.cache == FIRST_TIME
