@@ -2,6 +2,7 @@
 
     python -m benchmarks.gpu [--json FILE] [--profile FOLDER]
     python -m benchmarks.gpu --start [--blocks DOUBLE SINGLE] [--rounds N] [--sides NAME ...] [--json FILE]
+    python -m benchmarks.gpu --card 8 12 16 24 [--resident] [--json FILE]
 
 Needs ``COMFYUI_PATH``; ``devtools.trimmed`` gathers a small one, with wheels, for a machine without a network.
 """
@@ -32,7 +33,7 @@ from devtools.gpu_host import (
     time_steps,
 )
 
-from . import start
+from . import cards, start
 
 GIB = 2**30
 BLOCKS = (19, 38)
@@ -79,11 +80,16 @@ def main(arguments: Sequence[str]) -> int:
         "--start", action="store_true", help="only the first prompt of each side, by part, in new processes"
     )
     parser.add_argument("--rounds", type=positive, default=1, metavar="N", help="with --start: starts of each side")
+    parser.add_argument("--card", type=float, nargs="+", metavar="GIB", help="only on cards with so much memory free")
     parser.add_argument("--json", type=Path, metavar="FILE")
     given = parser.parse_args(arguments)
     if given.start:
         blocks = tuple(given.blocks or START_BLOCKS)
         return measure_starts(blocks, given.rounds, given.sides, given.json)
+    if given.card:
+        blocks = tuple(given.blocks or BLOCKS)
+        rows = cards.measure(given.card, not given.resident, given.sides or cards.SIDES, given.json, blocks)
+        return int(any(row.failed for row in rows))
     gpu_host.start(dynamic_vram=not given.resident)
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, CUDA {torch.version.cuda}")
     ceilings = measure_ceilings()

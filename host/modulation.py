@@ -55,8 +55,10 @@ class ModulationAhead:
         LATEST[text.node_id] = self
 
     def start(self, patcher: ModelPatcher) -> None:
-        """A sampling run begins: the node shows its text again."""
+        """A sampling run begins: the node shows its text again, and what memory didn't allow is tried again."""
         self.in_place.clear()
+        for state in self._states.values():
+            state.no_room = False
         self.text.again()
 
     def stop(self, patcher: ModelPatcher, unpatch_all: bool) -> None:
@@ -136,6 +138,7 @@ class _State:
         self._fill: Callable[[Hashable, Tensor], Mapping[str, Any]]
         self._seen: tuple[Tensor, Hashable] | None = None
         self._row: Mapping[str, Any] = {}
+        self.no_room = False
 
     @contextmanager
     def given(
@@ -171,9 +174,22 @@ class _State:
         if self._seen is None or vector is not self._seen[0]:
             self.refuse_changed_vector()
             key = content_key(vector)
-            self._row = self.table.get(key) or self._fill(key, vector)
+            self._row = self.table.get(key) or self._filled(key, vector)
             self._seen = vector, key
+        if path not in self._row:
+            module = self._modules[path]
+            return type(module).forward(module, vector)
         return self._row[path]
+
+    def _filled(self, key: Hashable, vector: Tensor) -> Mapping[str, Any]:
+        """The row of ``key``, made now; nothing where memory doesn't allow it."""
+        if not self.no_room:
+            try:
+                return self._fill(key, vector)
+            except torch.OutOfMemoryError:
+                self.no_room = True
+        self._owner.tell("the GPU has no memory left to make it ahead")
+        return {}
 
     def _compute(
         self, patcher: ModelPatcher, foresee: Callable[[], Iterable[Tensor]], key: Hashable, vector: Tensor
@@ -290,5 +306,9 @@ def _resident(layer: Any, key: str, patcher: ModelPatcher, device: torch.device)
 
 
 def _version(parameter: nn.Parameter) -> int | None:
-    """What counts changes in place, where PyTorch counts them."""
-    return None if parameter.is_inference() else parameter._version
+    """What counts changes in place, where PyTorch does: not of what was made in inference mode, even where it was moved
+    outside of it, as the host does on unloading."""
+    try:
+        return parameter._version
+    except RuntimeError:
+        return None

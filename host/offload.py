@@ -12,6 +12,7 @@ from comfy.model_patcher import LowVramPatch, ModelPatcher
 from comfy.patcher_extension import CallbacksMP, WrappersMP
 
 from ..hotpath.stream import resident_blocks
+from . import dynamic_vram
 from .families import require_family
 from .models import require_model
 from .modulation import ModulationAhead, modulation_layers
@@ -87,10 +88,10 @@ def offload_repeated_blocks(model: ModelPatcher, settings: OffloadSettings, text
     others = offloaded.wrappers.get(WrappersMP.APPLY_MODEL, {})
     offloaded.wrappers[WrappersMP.APPLY_MODEL] = {KEY: mine, **others}
     if offloaded.is_dynamic():
-        # The host faults in what is used, and what is not resident while the block before computes.
-        budget = Budget.parse(settings.budget)
-        offloaded.add_callback_with_key(CallbacksMP.ON_PRE_RUN, KEY, partial(_limit_dynamic, budget))
-        offloaded.add_callback_with_key(CallbacksMP.ON_CLEANUP, KEY, partial(_limit_dynamic, Budget()))
+        # The host brings what is used and not there while the block before computes.
+        dynamic_vram.lay_out(offloaded, settings.resident, ahead)
+        limit = partial(dynamic_vram.limit, Budget.parse(settings.budget))
+        offloaded.add_callback_with_key(CallbacksMP.ON_PRE_RUN, KEY, limit)
         return offloaded
     if type(offloaded) is not ModelPatcher:
         raise ValueError(
@@ -100,17 +101,6 @@ def offload_repeated_blocks(model: ModelPatcher, settings: OffloadSettings, text
     offloaded.set_attachments(KEY, settings)
     offloaded.__class__ = LeavesOut
     return offloaded
-
-
-def _limit_dynamic(budget: Budget, patcher: ModelPatcher) -> None:
-    """Let dynamic VRAM keep no more than ``budget`` on the device."""
-    vbar = patcher._vbar_get()
-    if vbar is not None:
-        limit = min(budget.bytes(patcher.model_size()), vbar.max_size)
-        vbar.set_watermark_limit(int(limit))
-        vbar.set_watermark(int(limit))
-        if vbar.loaded_size() > limit:
-            vbar.free_memory(vbar.loaded_size() - limit)
 
 
 class LeavesOut(ModelPatcher):
@@ -138,7 +128,8 @@ class LeavesOut(ModelPatcher):
 
     def _load_list(self, *args: Any, **kwargs: Any) -> list[Any]:
         left_out = self._left_out()
-        return [entry for entry in super()._load_list(*args, **kwargs) if (entry[-3] in left_out) == self._listed]
+        entries = super()._load_list(*args, **kwargs)
+        return [entry for entry in entries if (dynamic_vram.name_of(entry) in left_out) == self._listed]
 
     def load(
         self,

@@ -262,7 +262,12 @@ def _share(module: nn.Module, twin: Any, model: ModelPatcher, path: str) -> None
 
 def _quantize_layer(layer: Any, format: Format, dtype: torch.dtype, model: ModelPatcher) -> None:
     """Replace the weight of one of the host's mixed precision Linears."""
-    weight = format.quantize(layer.weight.to(model.load_device), dtype).to(model.offload_device)
+    try:
+        weight = format.quantize(layer.weight.to(model.load_device), dtype)
+    except torch.OutOfMemoryError:
+        log.warning("%s has no memory left to quantize a layer, which is done in RAM", model.load_device)
+        weight = format.quantize(layer.weight.to(model.offload_device), dtype)
+    weight = weight.to(model.offload_device)
     layer.weight = nn.Parameter(weight, requires_grad=False)
     layer.quant_format = format.host_name
     layer.layout_type = format.layout

@@ -119,7 +119,7 @@ def _placed(pieces: Sequence[_Piece]) -> Iterator[tuple[Tensor, int]]:
 
 
 def _flat(tensor: Tensor) -> Tensor:
-    return tensor.detach().contiguous().reshape(-1).view(torch.uint8)
+    return tensor.data.contiguous().reshape(-1).view(torch.uint8)
 
 
 def _within(buffer: Tensor, piece: _Piece) -> nn.Parameter:
@@ -240,13 +240,16 @@ class StreamedBlocks:
         self.residency: Residency | None = None
         self.bytes_copied = 0
         self.calls = 0
+        self.on_device: tuple[int, int] | None = None
         self._ahead = ahead
+        self._no_room = False
         self._runs: weakref.WeakKeyDictionary[BaseModel, _Run] = weakref.WeakKeyDictionary()
         LATEST[text.node_id] = self
 
     def start(self, patcher: ModelPatcher) -> None:
         """A sampling run begins."""
         self.not_streamed.clear()
+        self._no_room = False
         self.bytes_copied = self.calls = 0
         self.text.again()
         self.stop(patcher)
@@ -277,12 +280,15 @@ class StreamedBlocks:
                 self.tell(why_not)
             elif self.residency is not None and self.residency.streamed:
                 run = self._run(model, self.residency, x.device)
+            if run is not None:
                 stack.enter_context(run.arriving(changing=bool(patcher.hook_patches)))
             before = 0 if run is None else run.stream.bytes_copied
             out = executor(x, t, c_concat, c_crossattn, control, transformer_options, **kwargs)
         if run is not None:
             self.bytes_copied += run.stream.bytes_copied - before
             self.calls += 1
+        dynamic = patcher is not None and patcher.is_dynamic()
+        self.on_device = (patcher.loaded_size(), patcher.model_size()) if dynamic else None
         self.text.show(self.summary())
         return out
 
@@ -290,6 +296,9 @@ class StreamedBlocks:
         """One line for the node and the report."""
         parts = []
         done = self.residency
+        if self.on_device is not None:
+            there, whole = self.on_device
+            parts.append(f"{there / GIB:.1f} of {whole / GIB:.1f} GiB on the GPU")
         if done is not None and done.streamed:
             parts.append(
                 f"{done.blocks - len(done.streamed)} of {done.blocks} blocks resident, {len(done.streamed)} streamed "
@@ -310,11 +319,18 @@ class StreamedBlocks:
         if run is not None:
             run.stream.drain()
 
-    def _run(self, model: BaseModel, residency: Residency, device: torch.device) -> _Run:
+    def _run(self, model: BaseModel, residency: Residency, device: torch.device) -> _Run | None:
+        """The run of ``model``; None where there is no memory for its slots."""
         run = self._runs.get(model)
         if run is None or run.residency is not residency or run.device != device:
             self._end(model)
-            run = self._runs[model] = _Run(model, residency, device, self.prefetch_blocks, self._ahead)
+            if self._no_room:
+                return None
+            try:
+                run = self._runs[model] = _Run(model, residency, device, self.prefetch_blocks, self._ahead)
+            except torch.OutOfMemoryError:
+                self._no_room = True
+                self.tell("the GPU has no memory left for blocks that arrive ahead; set prefetch_blocks to 0")
         return run
 
 

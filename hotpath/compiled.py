@@ -357,7 +357,8 @@ def plain_tensor(value: Tensor) -> Tensor:
     Dynamo guards on both, so that weights of one block would not fit the graph of another.
     """
     if value.is_inference() == torch.is_inference_mode_enabled():
-        return value.detach()
+        # And not detach(): of a Parameter made in inference mode and moved outside of it nothing could be done with it.
+        return value.data
     # Its stubs leave out that set_ takes a tensor alone, which is the quickest.
     twin: Any = torch.empty(0, dtype=value.dtype, device=value.device)
     return twin.set_(value)

@@ -7,6 +7,7 @@ when is a pure function, ``fetches``; ``Stream`` carries it out; ``predict`` tim
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple, Protocol
@@ -16,6 +17,9 @@ from torch import Tensor
 
 ALIGNMENT = 512
 ORDERS = ("spread", "first", "last")
+_GOLDEN = (math.sqrt(5) - 1) / 2
+# Small beside a layer, so that what left lies as the points do.
+_SHARE = 2**24
 
 
 class Fetch(NamedTuple):
@@ -35,8 +39,7 @@ def resident_blocks(sizes: Sequence[int], budget: float, order: str = "spread") 
     Raises:
         ValueError: ``order`` is unknown.
     """
-    if order not in ORDERS:
-        raise ValueError(f"resident: {order!r} is unknown. Choose one of {', '.join(ORDERS)}.")
+    _check(order)
     count = len(sizes)
     for streamed in range(count + 1):
         gone = {
@@ -48,6 +51,41 @@ def resident_blocks(sizes: Sequence[int], budget: float, order: str = "spread") 
         if sum(sizes[block] for block in stay) <= budget:
             return stay
     return frozenset()
+
+
+def leaving_order(blocks: Sequence[Sequence[int]], order: str = "spread") -> list[tuple[int, int]]:
+    """In which order layers leave the device as memory gets less, as (block, layer); what leaves last stays longest.
+
+    ``blocks`` are the bytes of each layer of each block in the order in which they run. ``order``: ``first`` or
+    ``last`` keeps a run of blocks there. ``spread`` has the bytes that left at even distances in every prefix: each
+    point of the golden ratio's low-discrepancy sequence (Kronecker's) lets ``_SHARE`` bytes of a block leave, its
+    largest layers first.
+
+    Raises:
+        ValueError: ``order`` is unknown.
+    """
+    _check(order)
+    if order != "spread":
+        turns = reversed(range(len(blocks))) if order == "first" else range(len(blocks))
+        return [(block, layer) for block in turns for layer in range(len(blocks[block]))]
+    rest = [sorted(range(len(layers)), key=layers.__getitem__) for layers in blocks]
+    credit = [0] * len(blocks)
+    left: list[tuple[int, int]] = []
+    turn = 0
+    while any(rest):
+        block = int(turn * _GOLDEN % 1 * len(blocks))
+        turn += 1
+        credit[block] += _SHARE
+        while rest[block] and credit[block] >= blocks[block][rest[block][-1]]:
+            layer = rest[block].pop()
+            credit[block] -= blocks[block][layer]
+            left.append((block, layer))
+    return left
+
+
+def _check(order: str) -> None:
+    if order not in ORDERS:
+        raise ValueError(f"resident: {order!r} is unknown. Choose one of {', '.join(ORDERS)}.")
 
 
 def fetches(slots: Sequence[int | None], block: int, streamed: Sequence[int], ahead: int) -> list[Fetch]:
