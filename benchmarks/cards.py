@@ -54,7 +54,6 @@ class Row:
     image: float = 0.0
     resident: float = 0.0
     peak: float = 0.0
-    free: float = 0.0
     failed: str = ""
 
 
@@ -132,7 +131,6 @@ def _measure(row: Row, model: Callable[[], Any]) -> Row:
         row.image = beside + IMAGE_STEPS * row.step / 1e3
         row.resident = made.loaded_size() / made.model_size()
         row.peak = torch.cuda.max_memory_allocated() / GIB
-        row.free = torch.cuda.mem_get_info()[0] / GIB
     except Exception as error:
         # A row that fails is a result of this measurement.
         row.failed = f"{type(error).__name__}: {error}"[:200]
@@ -145,5 +143,5 @@ def _line(row: Row) -> str:
         return f"  {row.side:<22} FAILED {row.failed}"
     return (
         f"  {row.side:<22} step {row.step:7.1f} ms (slowest {row.slowest:7.1f}), first {row.first:5.1f} s, "
-        f"{IMAGE_STEPS} steps {row.image:5.1f} s, {row.resident:4.0%} there, peak {row.peak:4.1f}, free {row.free:4.1f} GiB"
+        f"{IMAGE_STEPS} steps {row.image:5.1f} s, {row.resident:4.0%} there, peak {row.peak:4.1f} GiB"
     )
