@@ -3,6 +3,7 @@
     python -m benchmarks.gpu [--json FILE] [--profile FOLDER]
     python -m benchmarks.gpu --start [--blocks DOUBLE SINGLE] [--rounds N] [--sides NAME ...] [--json FILE]
     python -m benchmarks.gpu --card 8 12 16 24 [--resident] [--json FILE]
+    python -m benchmarks.gpu --small [--shapes NAME ...] [--sizes N ...] [--json FILE]
 
 Needs ``COMFYUI_PATH``; ``devtools.trimmed`` gathers a small one, with wheels, for a machine without a network.
 """
@@ -20,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.small import measure_small
 from devtools import gpu_host
 from devtools.cli import positive, print_table, run_tool, write_json
 from devtools.gpu_host import (
@@ -81,6 +83,11 @@ def main(arguments: Sequence[str]) -> int:
     )
     parser.add_argument("--rounds", type=positive, default=1, metavar="N", help="with --start: starts of each side")
     parser.add_argument("--card", type=float, nargs="+", metavar="GIB", help="only on cards with so much memory free")
+    parser.add_argument("--small", action="store_true", help="only small models and sizes, with CUDA graphs")
+    parser.add_argument("--shapes", nargs="*", default=(), metavar="NAME", help="with --small: klein, dev")
+    parser.add_argument(
+        "--sizes", type=positive, nargs="*", default=(), metavar="N", help="with --small: 256, 512, 1024"
+    )
     parser.add_argument("--json", type=Path, metavar="FILE")
     given = parser.parse_args(arguments)
     if given.start:
@@ -92,6 +99,9 @@ def main(arguments: Sequence[str]) -> int:
         return int(any(row.failed for row in rows))
     gpu_host.start(dynamic_vram=not given.resident)
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, CUDA {torch.version.cuda}")
+    if given.small:
+        measure_small(given.json, given.shapes, given.sizes, given.hidden)
+        return 0
     ceilings = measure_ceilings()
     print(", ".join(f"{name} {value:.0f}" for name, value in ceilings.items()), flush=True)
     sides = [

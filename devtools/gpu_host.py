@@ -80,13 +80,14 @@ def load(
     return model
 
 
-def compiled(model: Any, cache: str = "off", **settings: Any) -> Any:
+def compiled(model: Any, cache: str = "off", cuda_graphs: str = "auto", **settings: Any) -> Any:
     """``model`` as Compile Repeated Blocks with ``settings`` returns it; what can't be compiled is an error."""
     from hotpath_pack.host.compile import compile_repeated_blocks
     from hotpath_pack.host.progress import NodeText
     from hotpath_pack.hotpath.compiled import CompileSettings
 
-    return compile_repeated_blocks(model, CompileSettings(**settings), "all", "all", "error", NodeText(None), cache)
+    chosen = CompileSettings(**settings)
+    return compile_repeated_blocks(model, chosen, "all", "all", "error", NodeText(None), cache, cuda_graphs)
 
 
 def compiled_per_block(model: Any, backend: str = "inductor") -> Any:

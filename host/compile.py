@@ -6,7 +6,7 @@ import functools
 import logging
 import weakref
 from collections import Counter
-from collections.abc import Collection, Hashable, Iterator, Mapping
+from collections.abc import Callable, Collection, Hashable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
 from types import MappingProxyType
 from typing import Any
@@ -32,6 +32,7 @@ from .families import kinds_of, require_family
 from .families.kinds import BlockKind
 from .models import compiles_whole_model, require_model, to_device
 from .progress import NodeText, StepClock
+from .replay import Replays, unsafe_weights
 from .weights import Layers, block_weights, in_place, layer_states, plain_layers
 
 log = logging.getLogger(__name__)
@@ -52,11 +53,13 @@ def compile_repeated_blocks(
     on_failure: str,
     text: NodeText,
     cache: str = "off",
+    cuda_graphs: str = "auto",
 ) -> ModelPatcher:
     """A clone of ``model`` whose selected blocks run compiled; ``model`` itself stays as it is.
 
     ``on_failure``: ``eager`` samples without what can't be compiled and says so, ``error`` ends the prompt. ``cache``:
     ``auto`` keeps what is compiled for the next start of ComfyUI, ``off`` neither keeps nor looks for it.
+    ``cuda_graphs``: one of ``replay.CHOICES``.
 
     A later call on the result replaces the settings of an earlier one.
 
@@ -76,10 +79,16 @@ def compile_repeated_blocks(
     settings.check_device(model.load_device)
     compiled = model.clone()
     compiled.remove_wrappers_with_key(WrappersMP.APPLY_MODEL, WRAPPER_KEY)
-    blocks = CompiledBlocks(settings, selection, on_failure, text, cache)
+    blocks = CompiledBlocks(settings, selection, on_failure, text, cache, cuda_graphs)
     compiled.add_wrapper_with_key(WrappersMP.APPLY_MODEL, WRAPPER_KEY, blocks)
-    compiled.remove_callbacks_with_key(CallbacksMP.ON_PRE_RUN, WRAPPER_KEY)
-    compiled.add_callback_with_key(CallbacksMP.ON_PRE_RUN, WRAPPER_KEY, blocks.start)
+    callbacks = {
+        CallbacksMP.ON_PRE_RUN: blocks.start,
+        CallbacksMP.ON_CLEANUP: blocks.replays.end,
+        CallbacksMP.ON_DETACH: blocks.replays.unload,
+    }
+    for event, callback in callbacks.items():
+        compiled.remove_callbacks_with_key(event, WRAPPER_KEY)
+        compiled.add_callback_with_key(event, WRAPPER_KEY, callback)
     return compiled
 
 
@@ -119,12 +128,14 @@ class CompiledBlocks:
         on_failure: str,
         text: NodeText,
         cache: str = "off",
+        cuda_graphs: str = "auto",
     ) -> None:
         self.settings = settings
         self.selection = selection
         self.on_failure = on_failure
         self.text = text
         self.cache = cache
+        self.replays = Replays(settings, cuda_graphs)
         self.regions: dict[Region, None] = {}
         self.compiled: Counter[str] = Counter()
         self.eager: dict[str, set[str]] = {}
@@ -143,6 +154,7 @@ class CompiledBlocks:
     def start(self, patcher: ModelPatcher) -> None:
         """A sampling run begins: what failed before is tried again, and the node shows what is new."""
         self._failed.clear()
+        self.replays.start(patcher)
         self._shown_before = len(self.recompiles)
 
     def __call__(
@@ -160,6 +172,7 @@ class CompiledBlocks:
         self.compiled.clear()
         self.eager.clear()
         self._recent.clear()
+        self.replays.begin(x.device)
         spent, kind = self.seconds, step_kind(executor.class_obj, x, c_crossattn)
         c_concat, c_crossattn = (to_device(cond, x.device) for cond in (c_concat, c_crossattn))
         kwargs = {name: to_device(cond, x.device) for name, cond in kwargs.items()}
@@ -195,6 +208,8 @@ class CompiledBlocks:
             parts.append(f"compiled again: {', '.join(self.recompiles[-_FEW:])}{self._advice()}")
         for reason, names in self.eager.items():
             parts.append(f"eager: {reason} ({self._which(names)})")
+        if self.replays.summary():
+            parts.append(self.replays.summary())
         return "; ".join(parts)
 
     @contextmanager
@@ -248,7 +263,8 @@ class CompiledBlocks:
                 with in_place(layers, activation):
                     weights = block_weights(layers, activation)
                     taken = kind.interface.region_inputs(inputs, activation, self.settings.dynamic != "never")
-                    return self._run_compiled(kind, plan, weights, taken, attend)
+                    unsafe = functools.partial(unsafe_weights, layers, activation, streamed=swapped is None)
+                    return self._run_compiled(kind, plan, weights, taken, attend, unsafe)
             except NotHoistable as reason:
                 self._note_eager(str(reason), f"{kind.name} block {index}")
             except RegionFailed as failure:
@@ -285,6 +301,7 @@ class CompiledBlocks:
         weights: dict[str, Tensor],
         inputs: dict[str, Any],
         attend: Attend | None,
+        unsafe: Callable[[], str | None],
     ) -> Any:
         """Run the block as its region: the one that a block like it had in this step, or the one of its key."""
         bind = kind.interface.bind_for(attend, inputs[kind.activation])
@@ -294,9 +311,9 @@ class CompiledBlocks:
         graph = None if region is None else region.graph_for(weights, inputs)
         if graph is not None:
             with nullcontext() if attend is None else attention_scope(attend):
-                out = graph(weights, inputs)
+                out = self.replays.run(kind.name, plan, graph, weights, inputs, attend, unsafe)
         else:
-            out, self._recent[like] = self._run_region(kind, plan, bind, weights, inputs, attend)
+            out, self._recent[like] = self._run_region(kind, plan, bind, weights, inputs, attend, unsafe)
         self.compiled[kind.name] += 1
         return out
 
@@ -308,6 +325,7 @@ class CompiledBlocks:
         weights: dict[str, Tensor],
         inputs: dict[str, Any],
         attend: Attend | None,
+        unsafe: Callable[[], str | None],
     ) -> tuple[Any, Region]:
         name = f"{kind.name} block" if attend is None else f"patched {kind.name} block"
         device = inputs[kind.activation].device
@@ -334,9 +352,13 @@ class CompiledBlocks:
             if first and not region.loads(weights, inputs):
                 self._check_machine(region, device, dtypes)
                 self._announce(region)
+            graph = None if first else region.graph_for(weights, inputs)
             with nullcontext() if attend is None else attention_scope(attend):
-                dims = kind.interface.token_dims(inputs)
-                out = region(weights, inputs, dims, functools.partial(self._announce, region))
+                if graph is not None:
+                    out = self.replays.run(kind.name, plan, graph, weights, inputs, attend, unsafe)
+                else:
+                    dims = kind.interface.token_dims(inputs)
+                    out = region(weights, inputs, dims, functools.partial(self._announce, region))
         except RegionFailed as failure:
             # Trying again for each of the other blocks would fail as slowly each time.
             self._failed[region] = str(failure)

@@ -15,6 +15,8 @@ _FOUND = ("_is_avx512_bf16_supported", "_is_amx_fp16_supported")
 # Variants of Triton kernels that Inductor thinks of after the others were compiled: no quicker in these blocks, they
 # bring back the compiler when a region is loaded.
 _LATE_VARIANTS = "dynamic_scale_rblock"
+# Its own would copy a region's weights, which are inputs, at each replay; see ``recorded.py``.
+_CUDA_GRAPHS = "triton.cudagraphs"
 
 
 def region_options(mode: str, probe: bool) -> dict[str, Any]:
@@ -22,7 +24,8 @@ def region_options(mode: str, probe: bool) -> dict[str, Any]:
 
     Without ``probe`` nothing that is compiled with them has the C++ compiler probed; see ``trust_compiler``.
     """
-    return {**torch._inductor.list_mode_options(mode), _LATE_VARIANTS: False, **({} if probe else {_TRUSTED: True})}
+    chosen = {**torch._inductor.list_mode_options(mode), _LATE_VARIANTS: False, _CUDA_GRAPHS: False}
+    return {**chosen, **({} if probe else {_TRUSTED: True})}
 
 
 def trust_compiler() -> None:

@@ -1,0 +1,202 @@
+"""``python -m benchmarks.gpu --small``: steps that launching takes longer than computing, with CUDA graphs and without.
+
+Shapes of Flux.2 Klein 4B (5 + 20 blocks) and Flux.1-dev (19 + 38), both of width 3072, with random weights, each in
+bf16 and in 8 bits: wall milliseconds a step beside what its kernels take one after another.
+"""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+
+from devtools.cli import write_json
+from devtools.gpu_host import compiled, load, quantize, sample
+
+GIB = 2**30
+TEXT_TOKENS = 512
+FORMAT = "fp8_e4m3_rowwise"
+ROWS = (
+    ("klein", (5, 20), (512, 1024)),
+    ("dev", (19, 38), (256, 512, 1024)),
+)
+ROUNDS = 3
+
+
+@dataclass
+class Way:
+    """One way to run one shape at one size. Times are milliseconds a step, memory is in GiB.
+
+    ``difference`` is from the same regions without graphs, and from eager for those; the first must be 0.
+    ``used`` is what the whole device has in use, ``kept`` what of it recordings keep.
+    """
+
+    shape: str
+    size: int
+    name: str
+    steps: list[float] = field(default_factory=list)
+    issue: float = 0.0
+    kernels: float = 0.0
+    difference: float = 0.0
+    peak: float = 0.0
+    reserved: float = 0.0
+    used: float = 0.0
+    kept: float = 0.0
+    summary: str = ""
+
+    @property
+    def step(self) -> float:
+        return median(self.steps)
+
+
+def measure_small(json: Path | None, names: Sequence[str], sizes: Sequence[int], hidden: int = 3072) -> list[Way]:
+    """All rows, or those of shapes ``names`` and ``sizes``; printed and written to ``json`` as they come."""
+    ways: list[Way] = []
+    for shape, blocks, all_sizes in ROWS:
+        chosen = [size for size in all_sizes if not sizes or size in sizes]
+        if (names and shape not in names) or not chosen:
+            continue
+        for size in chosen:
+            for models in _sides(blocks, hidden):
+                ways += _measure(shape, size, models)
+                _print(ways[-len(models) :], ways)
+                if json:
+                    numbers = [{**vars(way), "step": way.step} for way in ways]
+                    write_json(
+                        json, {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "ways": numbers}
+                    )
+        _MODELS.clear()
+        gc.collect()
+        torch.cuda.empty_cache()
+    return ways
+
+
+_MODELS: dict[tuple[int, ...], list[dict[str, Any]]] = {}
+
+
+def _sides(blocks: tuple[int, int], hidden: int) -> list[dict[str, Any]]:
+    """For bf16 and for 8 bits, the MODELs by name; the first is what the others are compared with."""
+    if blocks not in _MODELS:
+        text_width = 4096 if hidden == 3072 else 64
+        plain = load(*blocks, torch.bfloat16, hidden=hidden, text_width=text_width, pooled_width=768)
+        small = quantize(plain, FORMAT)
+        sides = []
+        for name, model in (("", plain), ("fp8 ", small)):
+            always = compiled(model, cache="auto")
+            always.get_wrappers("apply_model", "hotpath_compile")[0].replays.always = True
+            models = {
+                "eager": model,
+                f"{name}without": compiled(model, cache="auto", cuda_graphs="off"),
+                f"{name}auto": compiled(model, cache="auto"),
+                f"{name}always": always,
+            }
+            if name:
+                del models["eager"]
+            sides.append(models)
+        _MODELS[blocks] = sides
+    return _MODELS[blocks]
+
+
+def _measure(shape: str, size: int, models: dict[str, Any]) -> list[Way]:
+    ways = [Way(shape, size, name) for name in models]
+    latents = []
+    for way, model in zip(ways, models.values(), strict=True):
+        _forget()
+        torch.cuda.reset_peak_memory_stats()
+        # The first step compiles, the second and third record.
+        latents.append(_sample(model, size, 4))
+        torch.cuda.reset_peak_memory_stats()
+        _sample(model, size, 2)
+        way.peak = torch.cuda.max_memory_allocated() / GIB
+        way.reserved = torch.cuda.max_memory_reserved() / GIB
+        free, total = torch.cuda.mem_get_info()
+        way.used = (total - free) / GIB
+        # What is recorded is compared with the same regions unrecorded, and those with eager.
+        base = latents[max(0, min(len(latents) - 1, len(models) - 2) - 1)]
+        way.difference = ((latents[-1] - base).norm() / base.norm()).item()
+        wrapper = model.get_wrappers("apply_model", "hotpath_compile")
+        if wrapper:
+            way.kept = wrapper[0].replays.bytes / GIB
+            way.summary = wrapper[0].summary()
+        way.issue = _issue(model, size)
+        way.kernels = _kernels(model, size)
+        count = 6 if size >= 1024 else 12
+        for _ in range(ROUNDS):
+            way.steps.append(_wall(model, size, count))
+    return ways
+
+
+def _forget() -> None:
+    """What another way recorded, and what the allocator keeps."""
+    from hotpath_pack.host import replay
+
+    for recordings in replay._RECORDINGS.values():
+        recordings.drop()
+    gc.collect()
+    torch.cuda.empty_cache()
+
+
+def _sample(model: Any, size: int, steps: int) -> torch.Tensor:
+    return sample(model, (size, size), TEXT_TOKENS, steps)
+
+
+def _wall(model: Any, size: int, count: int) -> float:
+    """Milliseconds a step on the clock: of ``count`` more of them."""
+    times = []
+    for steps in (count, 2 * count):
+        torch.cuda.synchronize()
+        started = time.perf_counter()
+        _sample(model, size, steps)
+        torch.cuda.synchronize()
+        times.append(time.perf_counter() - started)
+    return (times[1] - times[0]) / count * 1e3
+
+
+def _issue(model: Any, size: int) -> float:
+    """Milliseconds until a step is launched, when nothing waits for the device."""
+    times = []
+
+    def timed(apply_model: Callable[..., torch.Tensor], args: dict[str, Any]) -> torch.Tensor:
+        torch.cuda.synchronize()
+        started = time.perf_counter()
+        out = apply_model(args["input"], args["timestep"], **args["c"])
+        times.append(time.perf_counter() - started)
+        return out
+
+    clone = model.clone()
+    clone.set_model_unet_function_wrapper(timed)
+    _sample(clone, size, 8)
+    return median(times[3:]) * 1e3
+
+
+def _kernels(model: Any, size: int) -> float:
+    """Milliseconds of all that runs on the device in a step."""
+    totals = []
+    for steps in (2, 4):
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
+            _sample(model, size, steps)
+            torch.cuda.synchronize()
+        events = profiler.profiler.kineto_results.events()
+        totals.append(
+            sum(event.duration_ns() for event in events if event.device_type() == torch.profiler.DeviceType.CUDA)
+        )
+    return (totals[1] - totals[0]) / 2 / 1e6
+
+
+def _print(some: Sequence[Way], ways: Sequence[Way]) -> None:
+    for way in some:
+        like = [known for known in ways if (known.shape, known.size) == (way.shape, way.size)]
+        eager = next(known for known in like if known.name == "eager")
+        print(
+            f"{way.shape:<6}{way.size:>5} {way.name:<12}{way.step:8.1f} ms{eager.step / way.step:6.2f}x"
+            f"{way.step / way.kernels:6.2f} of kernels {way.kernels:.1f}  issue {way.issue:.1f}  "
+            f"peak {way.peak:.2f} reserved {way.reserved:.2f} used {way.used:.2f} kept {way.kept:.2f} GiB  "
+            f"diff {way.difference:.1e}  {way.summary}",
+            flush=True,
+        )

@@ -1,0 +1,168 @@
+"""Which blocks run as recorded CUDA graphs, and whose memory that is.
+
+A graph is worth recording where the device waits for Python: at small sizes, and with weights in 8 bits. It needs
+weights that stay where they are and blocks that Python has no part in.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import comfy.model_management
+import torch
+from comfy.model_patcher import ModelPatcher
+from torch import Tensor
+
+from ..hotpath.attention import Attend
+from ..hotpath.compiled import CUDA_GRAPH_MODES, CompileSettings
+from ..hotpath.cuda_graphs import CudaGraphs, Recorder
+from ..hotpath.recorded import Graph, Recordings
+from .weights import Layers
+
+CHOICES = ("auto", "off")
+# The host asks for a tenth more memory than it expects to need; what is kept between runs is to fit into that.
+_SPARE = 0.1
+_RECORDINGS: dict[torch.device, Recordings] = {}
+_lock = threading.Lock()
+
+OPAQUE = "patches around attention are Python, which a recording would leave out"
+STREAMED = "its weights are streamed"
+CAST = "its weights are cast or copied to the device each time they are used"
+FUNCTIONS = "LoRAs or other functions are applied to its weights each time they are used"
+
+
+def recorder_for(device: torch.device) -> Recorder | None:
+    """What records on ``device``; None where nothing can."""
+    return CudaGraphs(device) if device.type == "cuda" and comfy.model_management.is_nvidia() else None
+
+
+def recordings_on(device: torch.device) -> Recordings | None:
+    """All recordings of this process on ``device``; None where it can't record."""
+    with _lock:
+        if device not in _RECORDINGS:
+            recorder = recorder_for(device)
+            if recorder is None:
+                return None
+            _RECORDINGS[device] = Recordings(recorder, partial(_affords, device))
+        return _RECORDINGS[device]
+
+
+def _affords(device: torch.device, size: int) -> bool:
+    """Whether the host would find so many bytes free, beside what it leaves to others."""
+    return comfy.model_management.get_free_memory(device) - comfy.model_management.extra_reserved_memory() >= size
+
+
+class Replays:
+    """The recorded blocks of one compile node.
+
+    ``choice``: ``auto`` records where the mode asks for CUDA graphs, and in mode ``default`` where the device waits for
+    Python; ``off`` never does.
+    """
+
+    def __init__(self, settings: CompileSettings, choice: str) -> None:
+        self.always = settings.mode in CUDA_GRAPH_MODES
+        self.wanted = (
+            choice == "auto" and settings.backend == "inductor" and (self.always or settings.mode == "default")
+        )
+        self.replayed: Counter[str] = Counter()
+        self.why_not: dict[str, Counter[str]] = {}
+        self._devices: set[torch.device] = set()
+
+    def begin(self, device: torch.device) -> None:
+        """A call of the model begins on ``device``."""
+        self.replayed.clear()
+        self.why_not.clear()
+        if self.wanted:
+            recordings = recordings_on(device)
+            if recordings is not None:
+                recordings.begin()
+
+    def run(
+        self,
+        kind: str,
+        block: Any,
+        graph: Graph,
+        weights: dict[str, Tensor],
+        inputs: dict[str, Any],
+        attend: Attend | None,
+        unsafe: Callable[[], str | None],
+    ) -> Any:
+        """Run ``block``, whose ``graph`` accepts these arguments: as its recording where it has one or may have."""
+        device = next(iter(weights.values())).device
+        recordings = recordings_on(device) if self.wanted else None
+        if recordings is None:
+            return graph(weights, inputs)
+        if attend is not None:
+            self._note(kind, OPAQUE)
+            return graph(weights, inputs)
+        self._devices.add(device)
+        done = recordings.run(block, graph, weights, inputs, self.always, unsafe)
+        if done.why_not is not None:
+            self._note(kind, done.why_not)
+        if done.output is not None:
+            self.replayed[kind] += 1
+            return done.output
+        out = graph(weights, inputs)
+        recordings.ran()
+        return out
+
+    def start(self, patcher: ModelPatcher) -> None:
+        """A sampling run begins: what failed for want of memory is tried again."""
+        for recordings in self._own():
+            recordings.retry()
+
+    def end(self, patcher: ModelPatcher) -> None:
+        """A sampling run ended: recordings stay for the next one where the host has no use for their memory."""
+        for device in self._devices:
+            recordings = _RECORDINGS.get(device)
+            if recordings is not None and recordings.bytes > _SPARE * comfy.model_management.get_free_memory(device):
+                recordings.drop()
+
+    def unload(self, patcher: ModelPatcher, unpatch_all: bool) -> None:
+        """The host unloads the model, for good when ``unpatch_all``, and wants memory for another."""
+        if unpatch_all:
+            for recordings in self._own():
+                recordings.drop()
+
+    @property
+    def bytes(self) -> int:
+        """Bytes that recordings keep on the devices that this node ran on."""
+        return sum(recordings.bytes for recordings in self._own())
+
+    def summary(self) -> str:
+        """One line for the node and the report; empty when there is nothing to tell."""
+        parts = []
+        if self.replayed:
+            blocks = " and ".join(f"{count} {kind}" for kind, count in self.replayed.items())
+            parts.append(f"{blocks} blocks replayed as CUDA graphs, which keep {self.bytes / 2**20:.0f} MiB")
+        for reason, kinds in self.why_not.items():
+            blocks = " and ".join(f"{count} {kind}" for kind, count in kinds.items())
+            parts.append(f"without CUDA graphs: {reason} ({blocks} blocks)")
+        return "; ".join(parts)
+
+    def _own(self) -> list[Recordings]:
+        return [_RECORDINGS[device] for device in self._devices if device in _RECORDINGS]
+
+    def _note(self, kind: str, reason: str) -> None:
+        self.why_not.setdefault(reason, Counter())[kind] += 1
+
+
+def unsafe_weights(layers: Layers, like: Tensor, streamed: bool) -> str | None:
+    """Why the weights of ``layers``, in use on ``like``'s device, will not stay where they are; None if they will."""
+    if streamed:
+        return STREAMED
+    for _, layer, _ in layers:
+        held: Any = layer.__dict__
+        if held.get("weight_function") or held.get("bias_function"):
+            return FUNCTIONS
+        prefetch = held.get("_prefetch")
+        if prefetch is not None:
+            if prefetch["signature"] is None:
+                return CAST
+        elif any(value is not None and value.device != like.device for value in layer._parameters.values()):
+            return CAST
+    return None

@@ -1,0 +1,185 @@
+"""Inputs that stay where they are: what a recorded block reads and writes, shared by all blocks of a kind and size.
+
+Inputs come as a nest of mappings, lists, tuples and dataclasses. Tensors of one storage, such as the chunks of a
+modulation, keep their places to one another, so that a storage is one copy, and what overlapped still does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+from dataclasses import fields, is_dataclass, replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+_ALIGNMENT = 64
+
+
+class _Span(NamedTuple):
+    """The bytes of one storage that tensors lie in."""
+
+    start: int
+    end: int
+    storage: Any
+
+
+class Layout(NamedTuple):
+    """Tensors of some inputs, each with the number of its span and its offset there in bytes. ``key`` is equal for
+    inputs that fit the same static ones."""
+
+    tensors: list[Tensor]
+    spans: list[_Span]
+    places: list[tuple[int, int]]
+    key: Hashable
+
+
+def layout(inputs: Any) -> Layout:
+    """The tensors of ``inputs`` and where they lie."""
+    tensors: list[Tensor] = []
+    structure: list[Hashable] = []
+    _flatten(inputs, tensors, structure)
+    number: dict[int, int] = {}
+    spans: list[_Span] = []
+    starts = []
+    for tensor in tensors:
+        storage = tensor.untyped_storage()
+        start = tensor.data_ptr()
+        end = start + _extent(tensor)
+        base = storage.data_ptr()
+        group = number.setdefault(base, len(spans))
+        if group == len(spans):
+            spans.append(_Span(start, end, storage))
+        else:
+            known = spans[group]
+            spans[group] = _Span(min(start, known.start), max(end, known.end), storage)
+        starts.append((group, start))
+    places = [(group, start - spans[group].start) for group, start in starts]
+    described = tuple((tensor.dtype, tensor.shape, tensor.stride(), tensor.is_inference()) for tensor in tensors)
+    sizes = tuple((span.end - span.start, span.start % _ALIGNMENT) for span in spans)
+    return Layout(tensors, spans, places, (tuple(structure), described, tuple(places), sizes))
+
+
+class StaticInputs:
+    """Twins of ``inputs`` in memory of their own, into which later inputs of an equal ``layout`` are brought."""
+
+    def __init__(self, inputs: Any, found: Layout) -> None:
+        device = found.tensors[0].device
+        self.memory = [_memory(span, device) for span in found.spans]
+        self._starts = [memory.data_ptr() for memory in self.memory]
+        self._storages = [memory.untyped_storage() for memory in self.memory]
+        self.twins = [self._twin(*pair) for pair in zip(found.tensors, found.places, strict=True)]
+        self.nest = _rebuilt(inputs, iter(self.twins))
+        self._own = self._users()
+
+    @property
+    def bytes(self) -> int:
+        return sum(storage.nbytes() for storage in self._storages)
+
+    def _twin(self, tensor: Tensor, place: tuple[int, int]) -> Tensor:
+        group, offset = place
+        storage, start = self._storages[group], self.memory[group].storage_offset() + offset
+        with torch.inference_mode(tensor.is_inference()):
+            twin: Any = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
+            return twin.set_(storage, start // tensor.element_size(), tensor.shape, tensor.stride())
+
+    def held(self, found: Layout) -> bool:
+        """Whether someone else still holds a tensor in memory that these inputs would overwrite."""
+        users = self._users()
+        return any(users[group] > self._own[group] for group in self._foreign(found))
+
+    def bring(self, found: Layout) -> list[int]:
+        """Copy inputs here that are elsewhere; gives the numbers of the storages that were."""
+        foreign = self._foreign(found)
+        for group in foreign:
+            self.memory[group].copy_(_bytes_of(found.spans[group]))
+        return foreign
+
+    def give_back(self, found: Layout, groups: Iterable[int]) -> None:
+        """Copy what is in the storages ``groups`` to where it was brought from."""
+        for group in groups:
+            _bytes_of(found.spans[group]).copy_(self.memory[group])
+
+    def place_of(self, tensor: Tensor) -> int | None:
+        """The number of the twin that ``tensor`` is a view of, element for element; None when it is none."""
+        for index, twin in enumerate(self.twins):
+            if tensor.data_ptr() == twin.data_ptr() and _same_geometry(tensor, twin):
+                return index
+        return None
+
+    def _foreign(self, found: Layout) -> list[int]:
+        return [group for group, span in enumerate(found.spans) if span.start != self._starts[group]]
+
+    def _users(self) -> list[int]:
+        return [torch._C._storage_Use_Count(storage._cdata) for storage in self._storages]
+
+
+def flatten(value: Any) -> tuple[list[Tensor], Hashable]:
+    """The tensors in a nest, and all else of it."""
+    tensors: list[Tensor] = []
+    structure: list[Hashable] = []
+    _flatten(value, tensors, structure)
+    return tensors, tuple(structure)
+
+
+def rebuilt(value: Any, tensors: Sequence[Tensor]) -> Any:
+    """The nest ``value`` with ``tensors`` in the places of its own."""
+    return _rebuilt(value, iter(tensors))
+
+
+def _flatten(value: Any, tensors: list[Tensor], structure: list[Hashable]) -> None:
+    if isinstance(value, Tensor):
+        tensors.append(value)
+        structure.append(Tensor)
+    elif isinstance(value, Mapping):
+        structure.append(tuple(value))
+        for item in value.values():
+            _flatten(item, tensors, structure)
+    elif isinstance(value, (list, tuple)):
+        structure.append((type(value), len(value)))
+        for item in value:
+            _flatten(item, tensors, structure)
+    elif is_dataclass(value) and not isinstance(value, type):
+        structure.append(type(value))
+        for item in fields(value):
+            _flatten(getattr(value, item.name), tensors, structure)
+    else:
+        # 1, 1.0 and True are equal, and traced otherwise.
+        structure.append((type(value), value))
+
+
+def _rebuilt(value: Any, tensors: Any) -> Any:
+    if isinstance(value, Tensor):
+        return next(tensors)
+    if isinstance(value, Mapping):
+        return {name: _rebuilt(item, tensors) for name, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        items = [_rebuilt(item, tensors) for item in value]
+        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
+    if is_dataclass(value) and not isinstance(value, type):
+        return replace(value, **{item.name: _rebuilt(getattr(value, item.name), tensors) for item in fields(value)})
+    return value
+
+
+def _memory(span: _Span, device: torch.device) -> Tensor:
+    """As many bytes as ``span`` has, as far behind a multiple of the alignment."""
+    shift = span.start % _ALIGNMENT
+    with torch.inference_mode(False):
+        return torch.empty(shift + span.end - span.start, dtype=torch.uint8, device=device)[shift:]
+
+
+def _extent(tensor: Tensor) -> int:
+    """Bytes from the first element of ``tensor`` to behind its last."""
+    if not tensor.numel():
+        return 0
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return (last + 1) * tensor.element_size()
+
+
+def _same_geometry(one: Tensor, other: Tensor) -> bool:
+    return one.dtype == other.dtype and one.shape == other.shape and one.stride() == other.stride()
+
+
+def _bytes_of(span: _Span) -> Tensor:
+    view: Any = torch.empty(0, dtype=torch.uint8, device=span.storage.device)
+    return view.set_(span.storage, span.start - span.storage.data_ptr(), (span.end - span.start,), (1,))

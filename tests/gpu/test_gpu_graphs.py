@@ -1,0 +1,156 @@
+"""On a CUDA device: blocks replayed as CUDA graphs give the bits of the same regions unrecorded, whatever moves.
+
+Run it also with ``PYTORCH_CUDA_ALLOC_CONF=backend:cudaMallocAsync``, the allocator that the host takes by default.
+"""
+
+import gc
+
+import pytest
+import torch
+from hotpath_pack.devtools.checkpoints import flux1, lora
+from hotpath_pack.devtools.gpu_host import compiled, load, offload, quantize, sample
+from hotpath_pack.hotpath.cuda_graphs import CudaGraphs
+
+pytestmark = pytest.mark.gpu
+GIB = 2**30
+SIZES = ((256, 256), (512, 384))
+
+
+@pytest.fixture(autouse=True)
+def user_folder(tmp_path, monkeypatch):
+    import folder_paths
+
+    monkeypatch.setattr(folder_paths, "user_directory", str(tmp_path))
+
+
+@pytest.fixture(autouse=True)
+def no_recordings():
+    yield
+    from hotpath_pack.host import replay
+
+    for recordings in replay._RECORDINGS.values():
+        recordings.drop()
+    gc.collect()
+
+
+def both(model):
+    """``model`` with the same regions unrecorded, and recorded wherever that is safe."""
+    off, on = compiled(model, cache="auto", cuda_graphs="off"), compiled(model, cache="auto")
+    replays_of(on).always = True
+    return off, on
+
+
+def replays_of(model):
+    return model.get_wrappers("apply_model", "hotpath_compile")[0].replays
+
+
+def unload():
+    import comfy.model_management
+
+    with torch.inference_mode():
+        comfy.model_management.unload_all_models()
+
+
+@pytest.mark.parametrize("dynamic", [True, False], ids=["dynamic VRAM", "ordinary"])
+@pytest.mark.parametrize("format", [None, "fp8_e4m3_rowwise", "int8_dynamic"])
+def test_the_same_bits_over_sizes_models_loras_and_moves(dynamic, format):
+    from comfy.sd import load_lora_for_models
+
+    weights = {name: weight.cpu() for name, weight in lora(flux1(2, 3, hidden=512, device="cuda")).items()}
+    models = []
+    for _ in range(2):
+        model = load(2, 3, torch.bfloat16, dynamic=dynamic, hidden=512)
+        models.append(quantize(model, format) if format else model)
+    pairs = [both(model) for model in models]
+    if format is None:
+        pairs += [[load_lora_for_models(side, None, weights, 0.5, 0)[0] for side in pairs[0]]]
+    # The first run of all may differ from those after it, in the host itself.
+    sample(pairs[0][0], SIZES[0], steps=1)
+    wants = {}
+    for number, (off, _) in enumerate(pairs):
+        for size in SIZES:
+            wants[number, size] = sample(off, size, steps=4)
+    for turn in range(3):
+        for number, (_, on) in enumerate(pairs):
+            for size in SIZES:
+                assert torch.equal(sample(on, size, steps=4), wants[number, size]), (turn, number, size)
+                assert replays_of(on).replayed == {"double": 2, "single": 3}, replays_of(on).summary()
+        if turn == 1:
+            unload()
+
+
+def test_a_step_takes_no_more_memory_and_gives_it_back():
+    model = load(4, 8, torch.bfloat16, dynamic=False, hidden=2048)
+    run = dict(size=(1024, 1024), tokens=512, steps=4)
+    peaks = []
+    for side in both(model):
+        sample(side, **run)
+        gc.collect()
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        sample(side, **run)
+        torch.cuda.synchronize()
+        free, total = torch.cuda.mem_get_info()
+        peaks.append((torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved(), total - free))
+    replays = replays_of(side)
+    assert replays.replayed == {"double": 4, "single": 8}
+    assert all(with_graphs <= without + 0.3 * GIB for without, with_graphs in zip(*peaks, strict=True)), peaks
+    kept = replays.bytes
+    assert 0 < kept < 1.5 * GIB
+    unload()
+    assert replays.bytes == 0
+
+
+def test_streamed_weights_are_never_recorded():
+    model = load(3, 4, torch.bfloat16, dynamic=False, hidden=512)
+    off, on = both(offload(model, budget="30 %"))
+    sample(off)
+    want = sample(off, steps=4)
+    assert torch.equal(sample(on, steps=4), want)
+    from hotpath_pack.host.replay import STREAMED
+
+    assert STREAMED in replays_of(on).why_not
+
+
+@pytest.mark.parametrize("fault", ["synchronizes", "interrupted", "out of memory"])
+def test_a_recording_that_fails_leaves_the_device_as_it_was(fault):
+    device = torch.device("cuda", torch.cuda.current_device())
+    recorder = CudaGraphs(device)
+    x, weights = torch.ones(1024, device=device), {"w": torch.full((1024,), 2.0, device=device)}
+
+    def fails(weights):
+        y = x * weights["w"]
+        if fault == "synchronizes":
+            y.sum().item()
+        if fault == "interrupted":
+            raise KeyboardInterrupt
+        if fault == "out of memory":
+            raise torch.OutOfMemoryError("no")
+
+    for _ in range(2):
+        with pytest.raises(BaseException) as raised:
+            recorder.record(fails, weights)
+        assert not isinstance(raised.value, AssertionError)
+    assert torch.equal(x * 3, torch.full_like(x, 3))
+    recording = recorder.record(lambda weights: x.mul_(weights["w"]), weights)
+    assert x[0] == 1
+    recording.replay()
+    weights["w"].fill_(3)
+    recording.replay()
+    assert x[0] == 6
+    recording.reset()
+
+
+def test_matrix_products_keep_their_workspace_in_the_recording():
+    """Whoever frees cuBLAS's workspaces between, as PyTorch's own CUDA graphs do, takes nothing from a recording."""
+    device = torch.device("cuda", torch.cuda.current_device())
+    recorder = CudaGraphs(device)
+    a, b = (torch.randn(96, 8192, device=device, dtype=torch.bfloat16) for _ in range(2))
+    out = torch.empty(96, 96, device=device, dtype=torch.bfloat16)
+    want = a @ b.t()
+    recording = recorder.record(lambda weights: out.copy_(a @ weights["b"].t()), {"b": b})
+    for _ in range(3):
+        torch._C._cuda_clearCublasWorkspaces()
+        sentinels = [torch.zeros(2**20, device=device) for _ in range(64)]
+        recording.replay()
+        assert torch.equal(out, want) and all(not sentinel.any() for sentinel in sentinels)

@@ -1,0 +1,114 @@
+"""Blocks replayed from recordings in the host, on a recorder that reads real addresses: the same bits as unrecorded."""
+
+import folder_paths
+import pytest
+import torch
+from comfy.sd import load_lora_for_models
+from hotpath_pack.devtools import checkpoints
+from hotpath_pack.devtools.reruns import Reruns
+from hotpath_pack.host import replay
+from hotpath_pack.host.compile import compile_repeated_blocks
+from hotpath_pack.hotpath import graphs
+from hotpath_pack.hotpath.compiled import CompileSettings
+from hotpath_pack.hotpath.recorded import HELD
+from sampling import Texts, compiled_blocks, load, sample
+
+pytestmark = pytest.mark.skipif(not graphs.supported(), reason="needs PyTorch 2.11")
+DEPTHS = (2, 2)
+RUN = dict(steps=3)
+
+
+@pytest.fixture
+def recorder(monkeypatch):
+    """The CPU records as a CUDA device does."""
+    made = Reruns()
+    monkeypatch.setattr(replay, "recorder_for", lambda device: made)
+    monkeypatch.setattr(replay, "_RECORDINGS", {})
+    return made
+
+
+@pytest.fixture(autouse=True)
+def user_folder(tmp_path, monkeypatch):
+    monkeypatch.setattr(folder_paths, "user_directory", str(tmp_path / "user"))
+
+
+@pytest.fixture(scope="module")
+def weights():
+    return checkpoints.flux1(*DEPTHS)
+
+
+@pytest.fixture
+def model(weights):
+    return load({name: weight.clone() for name, weight in weights.items()})
+
+
+def compiled(model, cuda_graphs="auto", **settings):
+    chosen = CompileSettings(**settings)
+    made = compile_repeated_blocks(model, chosen, "all", "all", "error", Texts(), "auto", cuda_graphs)
+    replays_of(made).always = True
+    return made
+
+
+def replays_of(model):
+    return compiled_blocks(model).replays
+
+
+def move(model):
+    """What the host does to a model that it unloads and loads again."""
+    for block in model.model.diffusion_model.double_blocks:
+        for parameter in block.parameters():
+            parameter.data = parameter.data.clone()
+
+
+def keep_outputs(model, kept):
+    """A node that keeps what blocks gave, as some that cache do."""
+
+    def replace(args, extra):
+        out = extra["original_block"](args)
+        kept.append((out["img"], out["img"].clone()))
+        return out
+
+    patched = model.clone()
+    for index in range(DEPTHS[1]):
+        patched.set_model_patch_replace(replace, "dit", "single_block", index)
+    return patched
+
+
+def test_replays_are_the_bits_of_the_same_regions_unrecorded(model, weights, recorder):
+    """Sizes, branches, LoRAs and moved weights in turns; then what keeps outputs, and what patches attention."""
+    off, on = compiled(model, "off"), compiled(model)
+    runs = [RUN, dict(RUN, width=48), dict(RUN, cfg=2.0), dict(RUN, tokens=5, cfg=2.0), RUN]
+    wants = [sample(off, **run) for run in runs]
+    assert recorder.recorded == 0 and not replays_of(off).summary()
+    for run, want in zip(runs, wants, strict=True):
+        assert torch.equal(sample(on, **run), want)
+        assert replays_of(on).replayed == {"double": 2, "single": 2} and not replays_of(on).why_not
+    assert "2 double and 2 single blocks replayed as CUDA graphs" in compiled_blocks(on).summary()
+    before = recorder.recorded
+    assert torch.equal(sample(on, **RUN), wants[0]) and recorder.recorded == before
+    move(model)
+    assert torch.equal(sample(on, **RUN), wants[0]) and recorder.recorded == before + 2
+    lora = checkpoints.lora(weights)
+    patched_on, patched_off = (load_lora_for_models(side, None, lora, 0.5, 0)[0] for side in (on, off))
+    want = sample(patched_off, **RUN)
+    assert not torch.equal(want, wants[0])
+    for _ in range(2):
+        assert torch.equal(sample(patched_on, **RUN), want)
+    for _ in range(2):
+        assert torch.equal(sample(on, **RUN), wants[0])
+
+    kept = []
+    keeping = keep_outputs(on, kept)
+    for run, want in zip(runs, wants, strict=True):
+        assert torch.equal(sample(keeping, **run), want)
+    # What they hold is what ran last in its step, as a block writes over its input.
+    for _, (last, copy) in zip(kept[::2], kept[1::2], strict=True):
+        assert torch.equal(last, copy)
+    assert HELD in replays_of(on).why_not
+
+    attention = on.clone()
+    attention.set_model_attn1_output_patch(lambda attn, extra_options: attn * 0.5)
+    without = off.clone()
+    without.set_model_attn1_output_patch(lambda attn, extra_options: attn * 0.5)
+    assert torch.equal(sample(attention, **RUN), sample(without, **RUN))
+    assert not replays_of(on).replayed and set(replays_of(on).why_not) == {replay.OPAQUE}
