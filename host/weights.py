@@ -70,9 +70,9 @@ def plain_layers(block: nn.Module, fuses: bool) -> PlainLayer:
 def layer_states(kind: type) -> Callable[[Any], Hashable] | None:
     """What tells how a layer of this class computes now, where that may change without it changing: in which quantized
     format, or with a weight that the host casts; the plain state of a module that this pack doesn't know."""
-    if issubclass(kind, (Linear, LayerNorm, RMSNorm)):
-        return (lambda layer: format_in_use(layer) or _CAST) if _is_mixed_precision_linear(kind) else None
-    return container_state(kind)
+    if _is_mixed_precision_linear(kind):
+        return lambda layer: format_in_use(layer) or _CAST
+    return None if issubclass(kind, (Linear, LayerNorm, RMSNorm)) else container_state(kind)
 
 
 def class_name(kind: type) -> str:
