@@ -22,6 +22,7 @@ from ..hotpath.artifacts import FIRST_TIME
 from ..hotpath.attention import Attend, attention_scope
 from ..hotpath.compiled import Bind, CompileSettings, Region, RegionFailed, RegionStore, input_kinds
 from ..hotpath.fingerprint import NotPortable
+from ..hotpath.graphs import Graph
 from ..hotpath.preflight import compile_problems
 from ..hotpath.reasons import how_to_avoid
 from ..hotpath.selection import select_blocks
@@ -32,7 +33,7 @@ from .families import kinds_of, require_family
 from .families.kinds import BlockKind
 from .models import compiles_whole_model, require_model, to_device
 from .progress import NodeText, StepClock
-from .replay import Replays, unsafe_weights
+from .replay import Replays
 from .weights import Layers, block_weights, in_place, layer_states, plain_layers
 
 log = logging.getLogger(__name__)
@@ -260,11 +261,16 @@ class CompiledBlocks:
                 if plan.given:
                     vector = kind.interface.vector
                     inputs[vector] = {path: block.get_submodule(path)(inputs[vector]) for path in plan.given}
+                taken = kind.interface.region_inputs(inputs, activation, self.settings.dynamic != "never")
+                if attend is None:
+                    out = self.replays.again(kind.name, plan, layers, taken, activation.device)
+                    if out is not None:
+                        self.compiled[kind.name] += 1
+                        return out
+                replay = functools.partial(self.replays.run, kind.name, plan, layers, attend, swapped is None)
                 with in_place(layers, activation):
                     weights = block_weights(layers, activation)
-                    taken = kind.interface.region_inputs(inputs, activation, self.settings.dynamic != "never")
-                    unsafe = functools.partial(unsafe_weights, layers, activation, streamed=swapped is None)
-                    return self._run_compiled(kind, plan, weights, taken, attend, unsafe)
+                    return self._run_compiled(kind, plan, weights, taken, attend, replay)
             except NotHoistable as reason:
                 self._note_eager(str(reason), f"{kind.name} block {index}")
             except RegionFailed as failure:
@@ -301,7 +307,7 @@ class CompiledBlocks:
         weights: dict[str, Tensor],
         inputs: dict[str, Any],
         attend: Attend | None,
-        unsafe: Callable[[], str | None],
+        replay: Callable[[Graph, dict[str, Tensor], dict[str, Any]], Any],
     ) -> Any:
         """Run the block as its region: the one that a block like it had in this step, or the one of its key."""
         bind = kind.interface.bind_for(attend, inputs[kind.activation])
@@ -311,9 +317,9 @@ class CompiledBlocks:
         graph = None if region is None else region.graph_for(weights, inputs)
         if graph is not None:
             with nullcontext() if attend is None else attention_scope(attend):
-                out = self.replays.run(kind.name, plan, graph, weights, inputs, attend, unsafe)
+                out = replay(graph, weights, inputs)
         else:
-            out, self._recent[like] = self._run_region(kind, plan, bind, weights, inputs, attend, unsafe)
+            out, self._recent[like] = self._run_region(kind, plan, bind, weights, inputs, attend, replay)
         self.compiled[kind.name] += 1
         return out
 
@@ -325,7 +331,7 @@ class CompiledBlocks:
         weights: dict[str, Tensor],
         inputs: dict[str, Any],
         attend: Attend | None,
-        unsafe: Callable[[], str | None],
+        replay: Callable[[Graph, dict[str, Tensor], dict[str, Any]], Any],
     ) -> tuple[Any, Region]:
         name = f"{kind.name} block" if attend is None else f"patched {kind.name} block"
         device = inputs[kind.activation].device
@@ -355,7 +361,7 @@ class CompiledBlocks:
             graph = None if first else region.graph_for(weights, inputs)
             with nullcontext() if attend is None else attention_scope(attend):
                 if graph is not None:
-                    out = self.replays.run(kind.name, plan, graph, weights, inputs, attend, unsafe)
+                    out = replay(graph, weights, inputs)
                 else:
                     dims = kind.interface.token_dims(inputs)
                     out = region(weights, inputs, dims, functools.partial(self._announce, region))

@@ -7,10 +7,10 @@ weights that stay where they are and blocks that Python has no part in.
 from __future__ import annotations
 
 import threading
+import weakref
 from collections import Counter
-from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import comfy.model_management
 import torch
@@ -20,7 +20,8 @@ from torch import Tensor
 from ..hotpath.attention import Attend
 from ..hotpath.compiled import CUDA_GRAPH_MODES, CompileSettings
 from ..hotpath.cuda_graphs import CudaGraphs, Recorder
-from ..hotpath.recorded import Graph, Recordings
+from ..hotpath.recorded import Addresses, Graph, Recordings
+from .places import Places
 from .weights import Layers
 
 CHOICES = ("auto", "off")
@@ -56,6 +57,14 @@ def _affords(device: torch.device, size: int) -> bool:
     return comfy.model_management.get_free_memory(device) - comfy.model_management.extra_reserved_memory() >= size
 
 
+class _Known(NamedTuple):
+    """Of a block that ran as its recording: what recorded it, and where its weights were."""
+
+    graph: Graph
+    addresses: Addresses
+    places: Places
+
+
 class Replays:
     """The recorded blocks of one compile node.
 
@@ -71,6 +80,7 @@ class Replays:
         self.replayed: Counter[str] = Counter()
         self.why_not: dict[str, Counter[str]] = {}
         self._devices: set[torch.device] = set()
+        self._known: weakref.WeakKeyDictionary[Any, _Known] = weakref.WeakKeyDictionary()
 
     def begin(self, device: torch.device) -> None:
         """A call of the model begins on ``device``."""
@@ -85,11 +95,12 @@ class Replays:
         self,
         kind: str,
         block: Any,
+        layers: Layers,
+        attend: Attend | None,
+        streamed: bool,
         graph: Graph,
         weights: dict[str, Tensor],
         inputs: dict[str, Any],
-        attend: Attend | None,
-        unsafe: Callable[[], str | None],
     ) -> Any:
         """Run ``block``, whose ``graph`` accepts these arguments: as its recording where it has one or may have."""
         device = next(iter(weights.values())).device
@@ -100,15 +111,33 @@ class Replays:
             self._note(kind, OPAQUE)
             return graph(weights, inputs)
         self._devices.add(device)
+        unsafe = partial(unsafe_weights, layers, device, streamed)
         done = recordings.run(block, graph, weights, inputs, self.always, unsafe)
         if done.why_not is not None:
             self._note(kind, done.why_not)
         if done.output is not None:
             self.replayed[kind] += 1
+            places = Places(layers)
+            if done.addresses is not None and places.cover(weights):
+                self._known[block] = _Known(graph, done.addresses, places)
             return done.output
         out = graph(weights, inputs)
         recordings.ran()
         return out
+
+    def again(self, kind: str, block: Any, layers: Layers, inputs: dict[str, Any], device: torch.device) -> Any:
+        """Run ``block`` as its recording where it has one and its weights are known to be in place; else None."""
+        known = self._known.get(block)
+        recordings = recordings_on(device) if known is not None else None
+        if known is None or recordings is None:
+            return None
+        with known.places.held(layers) as there:
+            if not there:
+                return None
+            done = recordings.replay(block, known.graph, known.addresses, inputs)
+        if done.output is not None:
+            self.replayed[kind] += 1
+        return done.output
 
     def start(self, patcher: ModelPatcher) -> None:
         """A sampling run begins: what failed for want of memory is tried again."""
@@ -151,8 +180,8 @@ class Replays:
         self.why_not.setdefault(reason, Counter())[kind] += 1
 
 
-def unsafe_weights(layers: Layers, like: Tensor, streamed: bool) -> str | None:
-    """Why the weights of ``layers``, in use on ``like``'s device, will not stay where they are; None if they will."""
+def unsafe_weights(layers: Layers, device: torch.device, streamed: bool) -> str | None:
+    """Why the weights of ``layers``, in use on ``device``, will not stay where they are; None if they will."""
     if streamed:
         return STREAMED
     for _, layer, _ in layers:
@@ -163,6 +192,6 @@ def unsafe_weights(layers: Layers, like: Tensor, streamed: bool) -> str | None:
         if prefetch is not None:
             if prefetch["signature"] is None:
                 return CAST
-        elif any(value is not None and value.device != like.device for value in layer._parameters.values()):
+        elif any(value is not None and value.device != device for value in layer._parameters.values()):
             return CAST
     return None

@@ -58,10 +58,12 @@ class Graph(Protocol):
 
 
 class Replayed(NamedTuple):
-    """The output of a block that ran as its recording, or why it did not; both None where it may yet."""
+    """The output of a block that ran as its recording, with the addresses that this holds, or why it did not; all None
+    where it may yet."""
 
     output: Any = None
     why_not: str | None = None
+    addresses: Addresses | None = None
 
 
 @dataclass
@@ -71,6 +73,7 @@ class _Block:
     addresses: Addresses
     calls: int = 1
     moves: int = 0
+    like_others: bool = False
     recording: Recording | None = None
 
 
@@ -78,12 +81,14 @@ class _Block:
 class _Frame:
     """What all blocks of one graph and one size share. ``outputs`` are numbers of inputs, where the block wrote its
     output over them, or memory that each block's output is copied to and handed out from as a copy; ``written`` are the
-    numbers of the storages of inputs that a block writes."""
+    numbers of the storages of inputs that a block writes. ``stand_ins`` are like the weights of its blocks, without
+    memory."""
 
     graph: Graph
     static: StaticInputs | None = None
     outputs: list[int | Tensor] | None = None
     written: set[int] = field(default_factory=set)
+    stand_ins: dict[str, Tensor] = field(default_factory=dict)
     shape: Any = None
     why_not: str | None = None
     asked: int = 0
@@ -100,6 +105,7 @@ class _Frame:
             if block.recording is not None:
                 block.recording.reset()
         self.blocks.clear()
+        self.stand_ins.clear()
         self.static = self.outputs = None
 
 
@@ -155,10 +161,20 @@ class Recordings:
         with self._lock:
             found = layout(inputs)
             frame = self._frame(graph, found)
-            done = self._run(frame, block, found, weights, inputs, always, unsafe)
-            if done.output is not None:
-                self._mark = None
-            return done
+            return self._run(frame, block, found, weights, inputs, always, unsafe)
+
+    def replay(self, block: Any, graph: Graph, addresses: Addresses, inputs: dict[str, Any]) -> Replayed:
+        """Run ``block`` as its recording, without its weights, which the caller knows to be at ``addresses``, as
+        ``run`` gave them. Guards on weights are asked of ones of the same kind."""
+        with self._lock:
+            found = layout(inputs)
+            frame = self._frame(graph, found)
+            known = frame.blocks.get(block)
+            if known is None or known.recording is None or known.addresses is not addresses:
+                return Replayed()
+            if not known.like_others or not graph.accepts(frame.stand_ins, inputs):
+                return Replayed()
+            return self._replayed(frame, known, found)
 
     def drop(self) -> None:
         """Forget all recordings, and let their memory go."""
@@ -206,13 +222,17 @@ class Recordings:
                 return Replayed()
             why_not = unsafe()
             return Replayed(why_not=why_not) if why_not else self._record(frame, block, found, weights, inputs)
+        return self._replayed(frame, block, found)
+
+    def _replayed(self, frame: _Frame, block: _Block, found: Layout) -> Replayed:
         static = frame.static
-        assert static is not None
+        assert static is not None and block.recording is not None
         if static.held(found):
             return Replayed(why_not=HELD)
         groups = static.bring(found)
         block.recording.replay()
-        return Replayed(_outputs(frame, found, groups))
+        self._mark = None
+        return Replayed(_outputs(frame, found, groups), addresses=block.addresses)
 
     def _frame(self, graph: Graph, found: Layout) -> _Frame:
         key = (id(graph), found.key, torch.is_inference_mode_enabled(), self._recorder.stream())
@@ -277,8 +297,12 @@ class Recordings:
         recording = self._recorder.record(launch, weights)
         recording.replay()
         block.recording = recording
+        self._mark = None
+        if not frame.stand_ins:
+            frame.stand_ins = {name: _without_memory(weight) for name, weight in weights.items()}
+        block.like_others = _kind(frame.stand_ins) == _kind(weights)
         if want is None or all(_same_bits(*pair) for pair in zip(_written(frame, static), want, strict=True)):
-            return Replayed(_outputs(frame, found, groups))
+            return Replayed(_outputs(frame, found, groups), addresses=block.addresses)
         for memory, computed in zip(_written(frame, static), want, strict=True):
             memory.copy_(computed)
         out = _outputs(frame, found, groups)
@@ -332,6 +356,17 @@ def _outputs(frame: _Frame, found: Layout, groups: list[int]) -> Any:
             here = found.places[place][0] not in groups
             outputs.append(found.tensors[place] if here else static.twins[place].detach())
     return rebuilt(frame.shape, outputs)
+
+
+def _kind(weights: dict[str, Tensor]) -> list[Any]:
+    return [(name, each.dtype, each.shape, each.stride(), each.is_inference()) for name, each in weights.items()]
+
+
+def _without_memory(tensor: Tensor) -> Tensor:
+    """As ``tensor`` is for a guard, which does not look at its elements."""
+    like = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device)
+    like.untyped_storage().resize_(0)
+    return like
 
 
 def _same_bits(one: Tensor, other: Tensor) -> bool:
