@@ -41,23 +41,24 @@ def layout(inputs: Any) -> Layout:
     _flatten(inputs, tensors, structure)
     number: dict[int, int] = {}
     spans: list[_Span] = []
+    described: list[Hashable] = []
     starts = []
+    # Asked before each call of a block.
     for tensor in tensors:
-        storage = tensor.untyped_storage()
-        start = tensor.data_ptr()
-        end = start + _extent(tensor)
-        base = storage.data_ptr()
-        group = number.setdefault(base, len(spans))
+        storage, start, shape, stride = tensor.untyped_storage(), tensor.data_ptr(), tensor.shape, tensor.stride()
+        end = start + (tensor.nbytes if tensor.is_contiguous() else _extent(tensor))
+        group = number.setdefault(storage.data_ptr(), len(spans))
         if group == len(spans):
             spans.append(_Span(start, end, storage))
         else:
             known = spans[group]
-            spans[group] = _Span(min(start, known.start), max(end, known.end), storage)
+            if start < known.start or end > known.end:
+                spans[group] = _Span(min(start, known.start), max(end, known.end), storage)
         starts.append((group, start))
+        described += (tensor.dtype, shape, stride, tensor.is_inference())
     places = [(group, start - spans[group].start) for group, start in starts]
-    described = tuple((tensor.dtype, tensor.shape, tensor.stride(), tensor.is_inference()) for tensor in tensors)
-    sizes = tuple((span.end - span.start, span.start % _ALIGNMENT) for span in spans)
-    return Layout(tensors, spans, places, (tuple(structure), described, tuple(places), sizes))
+    sizes = [(span.end - span.start, span.start % _ALIGNMENT) for span in spans]
+    return Layout(tensors, spans, places, (*structure, *described, *places, *sizes))
 
 
 class StaticInputs:
