@@ -26,7 +26,7 @@ ROWS = (
     ("klein", (5, 20), (512, 1024)),
     ("dev", (19, 38), (256, 512, 1024)),
 )
-ROUNDS = 3
+ROUNDS = 2
 
 
 @dataclass
@@ -126,7 +126,7 @@ def _measure(shape: str, size: int, models: dict[str, Any]) -> list[Way]:
             way.summary = wrapper[0].summary()
         way.issue = _issue(model, size)
         way.kernels = _kernels(model, size)
-        count = 6 if size >= 1024 else 12
+        count = 5 if size >= 1024 else 8
         for _ in range(ROUNDS):
             way.steps.append(_wall(model, size, count))
     return ways
