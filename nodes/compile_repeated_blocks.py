@@ -8,6 +8,7 @@ from comfy_api.latest import io
 from ..host.artifacts import CACHE
 from ..host.compile import compile_repeated_blocks
 from ..host.progress import NodeText
+from ..host.replay import CHOICES
 from ..hotpath.backends import available_backends
 from ..hotpath.compiled import DYNAMIC, MODES, CompileSettings
 from ..hotpath.selection import check_selection
@@ -36,7 +37,7 @@ class CompileRepeatedBlocks(io.ComfyNode):
                     options=list(MODES),
                     default="default",
                     tooltip="How much time torch.compile spends on choosing kernels. The max-autotune modes take "
-                    "minutes; 'reduce-overhead' and 'max-autotune' use CUDA graphs and are refused on CUDA devices.",
+                    "minutes; 'reduce-overhead' and 'max-autotune' also use CUDA graphs wherever that is safe.",
                 ),
                 io.Combo.Input(
                     "backend",
@@ -92,6 +93,16 @@ class CompileRepeatedBlocks(io.ComfyNode):
                     tooltip="auto: keep what is compiled, so that the next start of ComfyUI loads it in about a "
                     "second instead of compiling. off: compile at each start.",
                 ),
+                io.Combo.Input(
+                    "cuda_graphs",
+                    options=list(CHOICES),
+                    default="auto",
+                    optional=True,
+                    advanced=True,
+                    tooltip="auto: on NVIDIA cards a block is launched all at once, as a CUDA graph, where that is "
+                    "safe: in the modes that ask for it, and in 'default' where launching takes longer than computing, "
+                    "as at small sizes. The same image. off: never.",
+                ),
             ],
             outputs=[io.Model.Output(tooltip="The same model, with its repeated blocks compiled while it samples.")],
             hidden=[io.Hidden.unique_id],
@@ -121,9 +132,10 @@ class CompileRepeatedBlocks(io.ComfyNode):
         single_blocks: str,
         on_failure: str,
         cache: str = "auto",
+        cuda_graphs: str = "auto",
     ) -> io.NodeOutput:
         settings = CompileSettings(mode, backend, fullgraph, dynamic)
         text = NodeText(cls.hidden.unique_id)
         return io.NodeOutput(
-            compile_repeated_blocks(model, settings, double_blocks, single_blocks, on_failure, text, cache)
+            compile_repeated_blocks(model, settings, double_blocks, single_blocks, on_failure, text, cache, cuda_graphs)
         )
