@@ -171,8 +171,8 @@ def _run(side: Side, shape: Shape, checkpoint: Path, user: Path) -> dict[str, An
     from comfy_extras.nodes_torch_compile import TorchCompileModel
     from hotpath_pack.host.compile import REGIONS, compile_repeated_blocks
     from hotpath_pack.host.progress import NodeText
-    from hotpath_pack.hotpath.compiled import CompileSettings
     from hotpath_pack.hotpath.counters import graphs_so_far
+    from hotpath_pack.hotpath.settings import CompileSettings
 
     folder_paths.set_user_directory(str(user))
     if side.started:

@@ -84,7 +84,7 @@ def compiled(model: Any, cache: str = "off", cuda_graphs: str = "auto", **settin
     """``model`` as Compile Repeated Blocks with ``settings`` returns it; what can't be compiled is an error."""
     from hotpath_pack.host.compile import compile_repeated_blocks
     from hotpath_pack.host.progress import NodeText
-    from hotpath_pack.hotpath.compiled import CompileSettings
+    from hotpath_pack.hotpath.settings import CompileSettings
 
     chosen = CompileSettings(**settings)
     return compile_repeated_blocks(model, chosen, "all", "all", "error", NodeText(None), cache, cuda_graphs)

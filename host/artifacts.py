@@ -14,9 +14,9 @@ from comfyui_version import __version__ as comfyui_version
 from torch import nn
 
 from ..hotpath.artifacts import Kept, Store, environment
-from ..hotpath.compiled import CompileSettings
 from ..hotpath.fingerprint import NotPortable, function_text, structure_text, text_of
 from ..hotpath.graphs import supported
+from ..hotpath.settings import CompileSettings
 
 CACHE = ("auto", "off")
 

@@ -21,7 +21,7 @@ from ..hotpath.memory import peak_bytes
 from .compile import compiled_blocks
 from .eager_steps import EagerSteps
 from .families import require_family
-from .models import compiled_as_a_whole, require_model
+from .models import compiled_as_a_whole, compiled_elsewhere, require_model
 from .offload import KEY as OFFLOAD_KEY
 from .progress import NodeText
 from .quantize import quantization, weight_bytes
@@ -123,7 +123,7 @@ def _name(model: ModelPatcher) -> str:
 def _run(side: Side, model: ModelPatcher, inputs: Inputs, steps: int, first: bool, bar: Any) -> None:
     device, apart = model.load_device, 0
     blocks, measured = compiled_blocks(model), model.clone()
-    if blocks is None and not compiled_as_a_whole(model):
+    if blocks is None and not compiled_elsewhere(model):
         measured.add_wrapper_with_key(WrappersMP.APPLY_MODEL, _KEY, EagerSteps())
 
     def on_step() -> None:

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Hashable
+from contextlib import AbstractContextManager
+from functools import partial
 from typing import Any
 
 from comfy.model_base import BaseModel
 from comfy.patcher_extension import WrapperExecutor
-from torch import Tensor
+from torch import Tensor, nn
 
+from .accounting import has_own_forward, routed, untouched
+from .families import named_blocks
 from .progress import StepClock
 
 # By model, which is the same for clones with other patches.
@@ -35,10 +39,30 @@ class EagerSteps:
         """A wrapper of the host's ``apply_model``; arguments are passed on untouched."""
         model = executor.class_obj
         kind = step_kind(model, x, c_crossattn)
-        out = self._clock.time(x.device, lambda: executor(x, t, c_concat, c_crossattn, *args, **kwargs), kind)
+        missing: set[nn.Module] = set()
+
+        def whole() -> bool:
+            return not missing
+
+        with _noting(model.diffusion_model, missing):
+            step = partial(executor, x, t, c_concat, c_crossattn, *args, **kwargs)
+            out = self._clock.time(x.device, step, kind, whole)
         if (last := self._clock.last()) is not None:
             note_quickest(_SECONDS.setdefault(model, {}), *last)
         return out
+
+
+def _noting(diffusion_model: nn.Module, missing: set[nn.Module]) -> AbstractContextManager[None]:
+    """A scope at whose end ``missing`` are the repeated blocks that did not run: a step cache left them out."""
+
+    def run(block: Any, *args: Any, **kwargs: Any) -> Any:
+        missing.discard(block)
+        with untouched(block):
+            return block.forward(*args, **kwargs)
+
+    blocks = [block for _, block in named_blocks(diffusion_model) if not has_own_forward(block)]
+    missing.update(blocks)
+    return routed({block: partial(run, block) for block in blocks})
 
 
 def step_kind(model: BaseModel, x: Tensor, c_crossattn: Tensor | None) -> Hashable:

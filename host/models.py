@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,7 +11,9 @@ from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import WrappersMP
 from comfy.quant_ops import QuantizedTensor
 from comfy_api.torch_helpers.torch_compile import COMPILE_KEY
-from torch import Tensor
+from torch import Tensor, nn
+
+WHOLE_MODEL = "diffusion_model"
 
 
 def require_model(model: Any) -> None:
@@ -33,8 +36,9 @@ def to_device(value: Any, device: torch.device) -> Any:
 
 def why_untouched(patcher: ModelPatcher | None, options: Mapping[str, Any]) -> str | None:
     """Why what runs in the blocks of this call must stay as the host has it, or None."""
-    if compiles_whole_model(options):
-        return "another node compiles the whole model"
+    others = compiled_by_another(options)
+    if others:
+        return f"another node compiles {'the whole model' if WHOLE_MODEL in others else 'single blocks'}"
     if torch.is_grad_enabled():
         return "gradients are being recorded"
     if patcher is None:
@@ -42,11 +46,27 @@ def why_untouched(patcher: ModelPatcher | None, options: Mapping[str, Any]) -> s
     return None
 
 
-def compiles_whole_model(options: Mapping[str, Any]) -> bool:
-    """Whether the host's own node, or one like it, compiles all of the model that samples under these options."""
-    return COMPILE_KEY in options.get("wrappers", {}).get(WrappersMP.APPLY_MODEL, {})
+def compiled_by_another(options: Mapping[str, Any]) -> frozenset[str]:
+    """What the host's own way to compile, which other packs use too, puts in place of modules while a model samples
+    under these options: their paths, such as ``diffusion_model.double_blocks.0``; ``WHOLE_MODEL`` for all of it."""
+    found: set[str] = set()
+    for wrapper in options.get("wrappers", {}).get(WrappersMP.APPLY_MODEL, {}).get(COMPILE_KEY, ()):
+        # The host tells it to nobody but its wrapper.
+        closure = inspect.getclosurevars(wrapper).nonlocals if inspect.isfunction(wrapper) else {}
+        found.update(closure.get("compiled_module_dict", {WHOLE_MODEL: None}))
+    return frozenset(found)
+
+
+def is_compiled(module: nn.Module) -> bool:
+    """Whether ``module`` is what ``torch.compile`` makes of one."""
+    return isinstance(module, torch._dynamo.OptimizedModule)
 
 
 def compiled_as_a_whole(model: ModelPatcher) -> bool:
-    """Whether that node is on ``model``."""
-    return compiles_whole_model(model.model_options.get("transformer_options", {}))
+    """Whether another node compiles all of ``model``."""
+    return WHOLE_MODEL in compiled_by_another(model.model_options.get("transformer_options", {}))
+
+
+def compiled_elsewhere(model: ModelPatcher) -> bool:
+    """Whether another node compiles all of ``model`` or single modules."""
+    return bool(compiled_by_another(model.model_options.get("transformer_options", {})))

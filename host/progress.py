@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -42,7 +42,8 @@ class NodeText:
 
         Args:
             text: one line that says it all.
-            state: ``working``, ``compiling``, ``compiled``, ``recompiled``, ``eager``, ``stopped`` or ``done``.
+            state: ``working``, ``compiling``, ``compiled``, ``recompiled``, ``eager``, ``skipped``, ``stopped`` or
+                ``done``.
             reasons: (what happened, the input that avoids it or nothing) in plain words.
             facts: numbers and names that js/hotpath.js has labels for; ``seconds`` in names are seconds.
         """
@@ -115,15 +116,23 @@ class StepClock:
     """How long the last step that is known to have ended took, without waiting for the device, and its kind."""
 
     def __init__(self) -> None:
-        self._events: tuple[torch.cuda.Event, torch.cuda.Event, Hashable] | None = None
-        self._last: tuple[float, Hashable] | None = None
+        self._events: tuple[torch.cuda.Event, torch.cuda.Event, Any] | None = None
+        self._last: tuple[float, Any] | None = None
 
-    def time(self, device: torch.device, step: Callable[[], Any], kind: Hashable = None) -> Any:
-        """Run ``step`` on ``device`` and return what it does."""
+    def time(
+        self,
+        device: torch.device,
+        step: Callable[[], Any],
+        kind: Any = None,
+        counts: Callable[[], bool] = lambda: True,
+    ) -> Any:
+        """Run ``step`` on ``device`` and return what it does. One for which ``counts`` says no is none to tell of."""
         if device.type != "cuda":
             started = time.perf_counter()
             out = step()
-            self._last = time.perf_counter() - started, kind
+            took = time.perf_counter() - started
+            if counts():
+                self._last = took, kind
             return out
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         stream = torch.cuda.current_stream(device)
@@ -131,17 +140,14 @@ class StepClock:
         out = step()
         end.record(stream)
         self.last()
-        self._events = start, end, kind
+        if counts():
+            self._events = start, end, kind
         return out
 
-    def last(self) -> tuple[float, Hashable] | None:
+    def last(self) -> tuple[float, Any] | None:
         """Seconds and kind of the last step; None before one has ended."""
         if self._events is not None and self._events[1].query():
             start, end, kind = self._events
             self._last = start.elapsed_time(end) / 1000, kind
             self._events = None
         return self._last
-
-    def forget(self) -> None:
-        """The last step was none to tell of."""
-        self._events = self._last = None

@@ -18,9 +18,9 @@ from comfy.model_patcher import ModelPatcher
 from torch import Tensor
 
 from ..hotpath.attention import Attend
-from ..hotpath.compiled import CUDA_GRAPH_MODES, CompileSettings
 from ..hotpath.cuda_graphs import CudaGraphs, Recorder
 from ..hotpath.recorded import Addresses, Graph, Recordings
+from ..hotpath.settings import CUDA_GRAPH_MODES, CompileSettings
 from .places import Places
 from .weights import Layers
 

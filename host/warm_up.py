@@ -6,7 +6,7 @@ import comfy.utils
 from comfy.model_patcher import ModelPatcher
 
 from .compile import compiled_blocks
-from .models import compiled_as_a_whole, require_model
+from .models import compiled_elsewhere, require_model
 from .progress import NodeText
 from .synthetic import Inputs, read_batch_sizes, read_sizes, sample
 
@@ -19,7 +19,7 @@ def warm_up(model: ModelPatcher, sizes: str, batch_sizes: str, tokens: int, text
             or batch size can't be read.
     """
     require_model(model)
-    if compiled_blocks(model) is None and not compiled_as_a_whole(model):
+    if compiled_blocks(model) is None and not compiled_elsewhere(model):
         raise ValueError(
             "model: nothing compiles it, so there is nothing to warm up. Put Warm Up after Compile Repeated Blocks."
         )

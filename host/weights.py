@@ -17,9 +17,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import LayerNorm, Linear, RMSNorm
 
-from ..hotpath.compiled import plain_tensor
 from ..hotpath.gelu import LogisticGelu
 from ..hotpath.template import NotHoistable, PlainLayer
+from ..hotpath.values import plain_tensor
 from .containers import HostsAttention, container_state, is_container, is_preference, preferred_attention
 from .quantized import format_in_use, quantized_layer, quantized_weights, quantizes_activations_itself
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .compiled import tensors_in
+from .values import tensors_in
 
 
 def content_key(vector: Tensor) -> Hashable:

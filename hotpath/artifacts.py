@@ -56,6 +56,7 @@ _NO_MATTER = (
     "log_",
     "recompile_limit",
     "report_",
+    "suppress_errors",
     "trace.",
     "verbose",
     "worker_",

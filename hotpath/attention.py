@@ -64,6 +64,25 @@ def attention_scope(attend: Attend) -> Iterator[None]:
         _current.stack.pop()
 
 
+def _run_attention(
+    q: Tensor, k: Tensor, v: Tensor, pe: Tensor | None, mask: Tensor | None, slices: Sequence[int]
+) -> Tensor:
+    out = _current.stack[-1](q, k, v, pe, mask, slices)
+    expected = (q.shape[0], q.shape[2], q.shape[1] * q.shape[3])
+    if tuple(out.shape) != expected or out.dtype != q.dtype:
+        raise AttentionMismatch(
+            f"the attention of a patched block returned {tuple(out.shape)} {out.dtype}, but the block needs "
+            f"{expected} {q.dtype}. Remove the attention patch, or leave the blocks it patches out of compilation."
+        )
+    # The graph relies on getting a tensor of its own: an override may hand q, k or v back.
+    shares = any(out.untyped_storage().data_ptr() == t.untyped_storage().data_ptr() for t in (q, k, v))
+    return out.clone(memory_format=torch.contiguous_format) if shares else out.contiguous()
+
+
+# What runs below it is the host's and other packs' own.
+ATTENTION_CODE = _run_attention.__code__
+
+
 @torch.library.custom_op(
     "hotpath::attention",
     mutates_args=(),
@@ -86,16 +105,7 @@ def opaque_attention(
     Raises:
         AttentionMismatch: the attention or a patch on it returned something else.
     """
-    out = _current.stack[-1](q, k, v, pe, mask, slices)
-    expected = (q.shape[0], q.shape[2], q.shape[1] * q.shape[3])
-    if tuple(out.shape) != expected or out.dtype != q.dtype:
-        raise AttentionMismatch(
-            f"the attention of a patched block returned {tuple(out.shape)} {out.dtype}, but the block needs "
-            f"{expected} {q.dtype}. Remove the attention patch, or leave the blocks it patches out of compilation."
-        )
-    # The graph relies on getting a tensor of its own: an override may hand q, k or v back.
-    shares = any(out.untyped_storage().data_ptr() == t.untyped_storage().data_ptr() for t in (q, k, v))
-    return out.clone(memory_format=torch.contiguous_format) if shares else out.contiguous()
+    return _run_attention(q, k, v, pe, mask, slices)
 
 
 @opaque_attention.register_fake

@@ -31,7 +31,6 @@ def source_line(stack: Sequence[FrameSummary]) -> str:
     return f" ({Path(stack[-1].filename).name}:{stack[-1].lineno})" if stack else ""
 
 
-def last_guard_failure(code: CodeType) -> str:
-    """Why Dynamo last compiled ``code`` again, in its own words."""
-    reasons = utils.guard_failures.get(code)
-    return reasons[-1].partition(": ")[2] if reasons else "unknown"
+def guard_failures(code: CodeType) -> list[str]:
+    """Why Dynamo compiled ``code`` again each time, in its own words."""
+    return [told.partition(": ")[2] or told for told in utils.guard_failures.get(code, ())]

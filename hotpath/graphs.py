@@ -14,7 +14,6 @@ import importlib.util
 import io
 import re
 import tempfile
-import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from hashlib import sha256
@@ -33,6 +32,7 @@ from .fingerprint import (
     ships_with_python_or_torch,
     traced_places,
 )
+from .limits import compiling
 
 # The oldest whose ahead-of-time functions hold what is needed here.
 OLDEST_TORCH = (2, 11)
@@ -40,8 +40,6 @@ _MAKES_KERNELS = "async_compile = AsyncCompile()"
 _GIVES_KERNELS = "async_compile = hotpath_kernels"
 _IMPORTS_EXTERN = "from torch._inductor.select_algorithm import extern_kernels"
 _IMPORTS_ALIGN = "from torch._inductor.codegen.memory_planning import _align as align"
-# Dynamo's tracing has state of the process, and a host with several GPUs runs regions in several threads.
-_compiling = threading.Lock()
 
 
 class NotAhead(Exception):
@@ -56,13 +54,15 @@ def supported() -> bool:
 class Graph:
     """One graph of a region.
 
-    ``sizes`` are those of the tensors that it was compiled for, in the order of ``tensors_in``.
+    ``sizes`` are those of the tensors that it was compiled for, in the order of ``tensors_in``. ``has_run`` once it has
+    run to its end.
     """
 
     sizes: tuple[tuple[int, ...], ...]
     _function: Any
     _dependencies: Dependencies
     _closure: Mapping[str, Any]
+    has_run: bool = False
 
     def __post_init__(self) -> None:
         self._guards = self._function._artifacts.guard_manager
@@ -79,7 +79,7 @@ class Graph:
         if broken is not None:
             return f"{broken} was replaced"
         found = self._guards.check_verbose({**self._closure, "weights": weights, "inputs": inputs})
-        return next(iter(found.verbose_code_parts), "unknown")
+        return next(iter(found.verbose_code_parts), "")
 
     def __call__(self, weights: dict[str, Tensor], inputs: dict[str, Any]) -> Any:
         return self._run(weights, inputs)
@@ -135,7 +135,7 @@ def compile_graph(
 
     try:
         # What it would record are two more calls at each run.
-        with _compiling, torch._dynamo.config.patch(enable_aot_compile=True, record_runtime_overhead=False):
+        with compiling(), torch._dynamo.config.patch(enable_aot_compile=True, record_runtime_overhead=False):
             compiled: Any = torch.compile(
                 function, fullgraph=True, dynamic=dynamic, options={**options, "guard_filter_fn": portable}
             )

@@ -1,39 +1,31 @@
-"""Dynamo's recompile limit, raised to what a region may need and never passed in silence."""
+"""Compiling: one thread at a time, whatever the path, with Dynamo's recompile limit never passed in silence."""
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 
 from torch._dynamo import config
 
-# The config is the whole process's, and a host with several GPUs runs regions in several threads at once.
-_lock = threading.Lock()
-_running: list[int] = []
-_patched = ExitStack()
+# Dynamo's tracing and Inductor have state of the process, and a host with several GPUs runs regions in several threads.
+_lock = threading.RLock()
 
 
 @contextmanager
-def graph_limit(limit: int) -> Iterator[None]:
-    """Let a code object have ``limit`` graphs and raise at the next, with fullgraph or without.
+def compiling(limit: int | None = None) -> Iterator[None]:
+    """Compile, or read compiled code, while no other thread does.
 
-    While calls overlap the highest of their limits holds; the last one to end restores what was there.
+    With ``limit`` a code object may have that many graphs and the next raises, with fullgraph or without, and what
+    fails to compile raises too, though another pack may have asked PyTorch to go on without a word. Dynamo's settings
+    belong to the thread in PyTorch 2.12 and newer and to the process before.
 
     Raises:
         FailOnRecompileLimitHit: from the compiled code within, at its limit.
     """
     with _lock:
-        if not _running:
-            _patched.enter_context(config.patch(recompile_limit=limit, fail_on_recompile_limit_hit=True))
-        _running.append(limit)
-        config.recompile_limit = max(_running)
-    try:
-        yield
-    finally:
-        with _lock:
-            _running.remove(limit)
-            if _running:
-                config.recompile_limit = max(_running)
-            else:
-                _patched.close()
+        if limit is None:
+            yield
+            return
+        with config.patch(recompile_limit=limit, fail_on_recompile_limit_hit=True, suppress_errors=False):
+            yield

@@ -10,8 +10,8 @@ from ..host.compile import compile_repeated_blocks
 from ..host.progress import NodeText
 from ..host.replay import CHOICES
 from ..hotpath.backends import available_backends
-from ..hotpath.compiled import DYNAMIC, MODES, CompileSettings
 from ..hotpath.selection import check_selection
+from ..hotpath.settings import DYNAMIC, MODES, CompileSettings
 
 
 class CompileRepeatedBlocks(io.ComfyNode):

@@ -1,21 +1,17 @@
 import dataclasses
 import gc
+import threading
 import weakref
 
 import pytest
 import torch
 from hotpath_pack.hotpath.attention import AttentionMismatch, attention_scope, opaque_attention
 from hotpath_pack.hotpath.backends import available_backends
-from hotpath_pack.hotpath.compiled import (
-    CompileSettings,
-    CompileSettingsError,
-    Region,
-    RegionFailed,
-    RegionStore,
-    input_kinds,
-    tensors_in,
-)
-from hotpath_pack.hotpath.limits import graph_limit
+from hotpath_pack.hotpath.compiled import Region, RegionStore
+from hotpath_pack.hotpath.failures import RegionFailed
+from hotpath_pack.hotpath.limits import compiling
+from hotpath_pack.hotpath.settings import CompileSettings, CompileSettingsError
+from hotpath_pack.hotpath.values import input_kinds, tensors_in
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -274,17 +270,22 @@ def test_no_order_of_batches_and_token_counts_reaches_the_limit(dynamic, shapes)
     assert compiled.stats.graphs * 2 <= options.graph_limit(streams=2), compiled.stats.recompiles
 
 
-def test_overlapping_calls_hold_the_highest_limit_and_the_last_restores():
-    """As two GPUs' threads do, which end in any order."""
-    config, (low, high) = torch._dynamo.config, (graph_limit(12), graph_limit(24))
-    before = config.recompile_limit
-    low.__enter__()
-    high.__enter__()
-    assert (config.recompile_limit, config.fail_on_recompile_limit_hit) == (24, True)
-    low.__exit__(None, None, None)
-    assert (config.recompile_limit, config.fail_on_recompile_limit_hit) == (24, True)
-    high.__exit__(None, None, None)
-    assert (config.recompile_limit, config.fail_on_recompile_limit_hit) == (before, False)
+def test_one_thread_compiles_at_a_time_under_a_limit_that_ends_with_it():
+    config, inside, seen = torch._dynamo.config, threading.Event(), []
+    before = config.recompile_limit, config.fail_on_recompile_limit_hit, config.suppress_errors
+
+    def other():
+        with compiling(24):
+            seen.append((inside.is_set(), config.recompile_limit, config.fail_on_recompile_limit_hit))
+
+    thread = threading.Thread(target=other)
+    with compiling(12), compiling():
+        assert (config.recompile_limit, config.fail_on_recompile_limit_hit) == (12, True)
+        thread.start()
+        inside.set()
+    thread.join()
+    assert seen == [(True, 24, True)]
+    assert (config.recompile_limit, config.fail_on_recompile_limit_hit, config.suppress_errors) == before
 
 
 def test_without_fullgraph_breaks_are_named_with_their_line_and_the_result_is_right():

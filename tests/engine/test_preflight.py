@@ -78,8 +78,12 @@ def test_fp8_on_a_gpu_that_lacks_it():
             "tensor 'weights['linear.weight']' dtype mismatch. expected Float, actual Half",
             "dtype of linear.weight changed",
         ),
-        ("len(inputs) == 3", "len(inputs) == 3"),
-        ("", "unknown"),
+        ("len(L['inputs']['vec']) == 3", "vec holds another number of values"),
+        ("2 <= L['inputs']['img'].size()[0]  # x += y", "batch size changed to 1"),
+        ("L['inputs']['img'].stride()[0] == 12", "img lies in memory in another order"),
+        ("GLOBAL_STATE changed: grad_mode ", "whether PyTorch records gradients changed"),
+        ("___check_obj_id(G['thing'], 1234)", "thing is of another kind than before"),
+        ("", "something that the code was compiled for is not as it was"),
     ],
 )
 def test_reasons_are_translated(dynamo, plain):

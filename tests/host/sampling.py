@@ -7,8 +7,8 @@ import comfy.sd
 import torch
 from hotpath_pack.host.compile import compile_repeated_blocks
 from hotpath_pack.host.progress import NodeText
-from hotpath_pack.hotpath.compiled import CompileSettings
 from hotpath_pack.hotpath.counters import breaks_so_far, graphs_so_far
+from hotpath_pack.hotpath.settings import CompileSettings
 
 TOLERANCE = 1e-4
 SETTINGS = CompileSettings(backend="aot_eager")

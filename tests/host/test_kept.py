@@ -13,9 +13,10 @@ from hotpath_pack.host.families.flux import bind_cudnn, bind_opaque, bind_traced
 from hotpath_pack.host.offload import OffloadSettings, offload_repeated_blocks
 from hotpath_pack.host.weights import plain_layer
 from hotpath_pack.hotpath import graphs
-from hotpath_pack.hotpath.compiled import CompileSettings, RegionStore, input_kinds
+from hotpath_pack.hotpath.compiled import CompileSettings, RegionStore
 from hotpath_pack.hotpath.fingerprint import NotPortable
 from hotpath_pack.hotpath.template import plan_block
+from hotpath_pack.hotpath.values import input_kinds
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from sampling import TOLERANCE, Counting, Texts, compiled_blocks, load, sample

@@ -9,8 +9,8 @@ from hotpath_pack.devtools.reruns import Reruns
 from hotpath_pack.host import replay
 from hotpath_pack.host.compile import compile_repeated_blocks
 from hotpath_pack.hotpath import graphs
-from hotpath_pack.hotpath.compiled import CompileSettings
 from hotpath_pack.hotpath.recorded import HELD
+from hotpath_pack.hotpath.settings import CompileSettings
 from sampling import Texts, compiled_blocks, load, sample
 
 pytestmark = pytest.mark.skipif(not graphs.supported(), reason="needs PyTorch 2.11")

@@ -1,0 +1,70 @@
+"""Tensors and nests of them: a region's weights, inputs and results."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import fields, is_dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def plain_tensor(value: Tensor) -> Tensor:
+    """``value``'s memory as a tensor that is no Parameter and of the kind made now, in or out of inference mode.
+
+    Dynamo guards on both, so that weights of one block would not fit the graph of another.
+    """
+    if value.is_inference() == torch.is_inference_mode_enabled():
+        # And not detach(): of a Parameter made in inference mode and moved outside of it nothing could be done with it.
+        return value.data
+    # Its stubs leave out that set_ takes a tensor alone, which is the quickest.
+    twin: Any = torch.empty(0, dtype=value.dtype, device=value.device)
+    return twin.set_(value)
+
+
+def tensors_in(value: Any) -> list[Tensor]:
+    """All tensors in a nest of mappings, lists, tuples and dataclasses."""
+    if isinstance(value, Tensor):
+        return [value]
+    return [tensor for item in _items(value) for tensor in tensors_in(item)]
+
+
+def device_of(inputs: Mapping[str, Any]) -> torch.device:
+    return next(iter(tensors_in(inputs))).device
+
+
+def input_kinds(value: Any, shapes: bool) -> Hashable:
+    """What a trace depends on in ``value``: structure, dtypes, devices and ranks; with ``shapes`` sizes too."""
+    if isinstance(value, Tensor):
+        kind = (value.dtype, value.device, value.ndim, value.is_inference())
+        return (*kind, tuple(value.shape)) if shapes else kind
+    if isinstance(value, Mapping):
+        return tuple((name, input_kinds(item, shapes)) for name, item in value.items())
+    return (type(value), *(input_kinds(item, shapes) for item in _items(value)))
+
+
+class Copies:
+    """The content of the tensors in a nest, to put back where code that updates them in place has failed."""
+
+    def __init__(self, value: Any) -> None:
+        # What repeats its memory can't be updated in place; sizes that travel as tensors are of that kind.
+        self._pairs = [(tensor, tensor.clone()) for tensor in tensors_in(value) if not _repeats(tensor)]
+
+    def restore(self) -> None:
+        for tensor, content in self._pairs:
+            tensor.copy_(content)
+
+
+def _repeats(tensor: Tensor) -> bool:
+    return any(stride == 0 and size > 1 for stride, size in zip(tensor.stride(), tensor.shape, strict=True))
+
+
+def _items(value: Any) -> Sequence[Any]:
+    if isinstance(value, Mapping):
+        return list(value.values())
+    if isinstance(value, (list, tuple)):
+        return value
+    if is_dataclass(value):
+        return [getattr(value, item.name) for item in fields(value)]
+    return ()
