@@ -2,7 +2,7 @@
 
 from comfy_api.latest import ComfyExtension, io
 
-from .host import report
+from .host import report, structure
 from .nodes.benchmark_model import BenchmarkModel
 from .nodes.compile_repeated_blocks import CompileRepeatedBlocks
 from .nodes.compile_report import CompileReport
@@ -20,6 +20,7 @@ WEB_DIRECTORY = "./js"
 class HotPathExtension(ComfyExtension):
     async def on_load(self) -> None:
         report.add_routes()
+        structure.tell_unknown_structure()
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         return [

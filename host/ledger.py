@@ -17,6 +17,7 @@ from .accounting import CallAccount, Reasons, which
 from .eager_steps import eager_seconds, note_quickest
 from .progress import NodeText, StepClock
 from .replay import Replays
+from .structure import unknown_structure
 
 log = logging.getLogger(__name__)
 
@@ -89,6 +90,8 @@ class Ledger:
             parts.append(f"compiled again: {', '.join(self.recompiles[-_FEW:])}{self._advice()}")
         parts += [f"eager: {reason} ({which(names)})" for reason, names in account.eager.items()]
         parts += [f"did not run: {reason} ({which(names)})" for reason, names in account.not_run.items()]
+        if account.eager and unknown_structure():
+            parts.append(unknown_structure())
         if self.replays.summary():
             parts.append(self.replays.summary())
         return "; ".join(parts)
@@ -152,5 +155,7 @@ class Ledger:
         elif not account.compiled:
             state = "skipped"
         reasons += [(f"{which(names)} eager: {reason}", "") for reason, names in account.eager.items()]
+        if account.eager and unknown_structure():
+            reasons.append((unknown_structure(), ""))
         reasons += [(f"{which(names)} did not run: {reason}", "") for reason, names in account.not_run.items()]
         self.text.show(self.summary(), state, reasons, **facts)

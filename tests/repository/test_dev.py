@@ -47,7 +47,8 @@ def test_the_environment_is_keyed_by_what_it_is_built_from(tmp_path):
     changed = dev.environment_key(host)
     pins = dev.environment_key(dataclasses.replace(host, packages=("torch==2.12.0",)))
     archive = dev.environment_key(dataclasses.replace(host, archive=dev.HOSTS[1].archive))
-    assert len({key, changed, pins, archive}) == 4
+    over = dev.environment_key(dataclasses.replace(host, over=("comfy-kitchen==0.2.40",)))
+    assert len({key, changed, pins, archive, over}) == 5
 
 
 def archive(path, **files):
@@ -159,12 +160,12 @@ def test_the_matrix_runs_each_setup_and_keeps_only_what_was_there(tmp_path, monk
     kept.mkdir()
     (kept / "complete").touch()
     assert dev.run_matrix(["-q"], tmp_path) == 1
-    setups = (*dev.HOSTS, *dev.ENGINES)
+    setups = dev.MATRIX
     assert made == [setup.name for setup in setups[1:]]
     assert ran[0] == (str(kept / "ComfyUI"), "-q") and len(ran) == len(setups)
     assert [path.parent for path in tmp_path.glob("*/")] == [tmp_path] and kept.exists()
     lines = capsys.readouterr().out.splitlines()[-len(setups) :]
-    assert [line.rsplit("  ", 1)[-1].strip() for line in lines] == ["passed"] * 5 + ["FAILED (status 1)"] * 5
+    assert [line.rsplit("  ", 1)[-1].strip() for line in lines] == ["passed"] * 6 + ["FAILED (status 1)"] * 7
     assert "refuses to load" in lines[4]
 
 
@@ -208,10 +209,26 @@ def test_errors_are_one_sentence_and_a_status(tmp_path):
     assert status == 2 and "package takes no --fast" in text
     status, text = command_line("--host", "0.1.0", "demo")
     assert status == 2 and "invalid choice: '0.1.0'" in text
+    status, text = command_line("test", "--host", "0.1.0")
+    assert status == 2 and "invalid choice: '0.1.0'" in text and "or the folder of any" in text
+    status, text = command_line("test", "-q", "--host", str(tmp_path))
+    assert status == 2 and f"{tmp_path} has no main.py" in text
     status, text = command_line("demo", "--size", "100x100")
     assert status == 2 and "is not WxH in multiples of 16" in text
     status, text = command_line("demo", "--model", str(tmp_path / "none.safetensors"))
     assert status == 2 and "can't read" in text
+
+
+def test_the_table_of_any_comfyui_comes_before_its_tests(tmp_path, monkeypatch):
+    (tmp_path / "main.py").touch()
+    environment = dev.Environment(Path(sys.executable), tmp_path, ours=False)
+    ran = []
+    monkeypatch.setattr(dev, "existing_environment", lambda folder: environment if folder == tmp_path else None)
+    monkeypatch.setattr(dev, "check_test_modules", lambda python: None)
+    monkeypatch.setattr(dev.subprocess, "call", lambda line, env: ran.append((line[4:], env["COMFYUI_PATH"])))
+    monkeypatch.setattr(dev, "run", lambda command, arguments, found, cache: ran.append((command, arguments, found)))
+    dev.main(["test", "-q", "--host", str(tmp_path), "-k", "flux"])
+    assert ran == [(["devtools.canary"], str(tmp_path)), ("test", ["-q", "-k", "flux"], environment)]
 
 
 def test_an_old_python_gets_a_sentence(capsys, monkeypatch):
