@@ -19,7 +19,8 @@ from comfy.model_patcher import ModelPatcher
 from comfy.quant_ops import QuantizedTensor
 from torch import Tensor, nn
 
-from ..hotpath.template import NotHoistable, refuse_bolted_on
+from ..hotpath.template import NotHoistable, own_state, refuse_bolted_on
+from .containers import is_preference
 from .families import named_blocks, named_modulations, require_family
 from .formats import VECTOR_FORMAT, Format, require_format
 from .models import require_model
@@ -165,6 +166,8 @@ def _linears(prefix: str, block: nn.Module) -> Iterator[tuple[str, Any]]:
         ValueError: one of them is quantized already or of a foreign class.
     """
     for name, module in block.named_modules():
+        if not any(True for _ in module.parameters()):
+            continue
         try:
             plain = plain_layer(module)
         except NotHoistable as reason:
@@ -191,6 +194,9 @@ def _large_enough(layer: Any, format: Format) -> bool:
 def _refuse_patched_objects(model: ModelPatcher) -> None:
     """Raise ValueError for an object patch that is bound to the full-precision model and would bring it back."""
     for name, patch in model.object_patches.items():
+        if is_preference(patch):
+            # By which a LoRA prefers an attention; it holds no weights.
+            continue
         if name.startswith("diffusion_model.") or isinstance(getattr(patch, "__self__", None), nn.Module):
             raise ValueError(
                 f"model: another node replaces {name}, which belongs to the model as it was loaded. Put Quantize "
@@ -211,6 +217,8 @@ def _quantize(
         for name, module in source.diffusion_model.named_modules():
             comfy.model_management.throw_exception_if_processing_interrupted()
             twin_module = modules.pop(name, None)
+            # As loaded, where an object patch is in its place.
+            module = model.object_patches_backup.get(f"diffusion_model.{name}", module)
             _refuse_changed(name, module, twin_module)
             _share(module, twin_module, model, f"diffusion_model.{name}")
             if name in formats:
@@ -249,7 +257,8 @@ def _make_room(model: ModelPatcher, names: Collection[str]) -> None:
 
 
 def _share(module: nn.Module, twin: Any, model: ModelPatcher, path: str) -> None:
-    """Give ``twin`` the weights of ``module``, without the LoRAs that the host may have baked into them."""
+    """Give ``twin`` the weights of ``module``, without the LoRAs that the host may have baked into them, and the
+    attention that it prefers."""
     for name, parameter in module._parameters.items():
         if parameter is not None:
             backup = model.backup.get(f"{path}.{name}")
@@ -258,6 +267,8 @@ def _share(module: nn.Module, twin: Any, model: ModelPatcher, path: str) -> None
                 # The host's loader leaves what a file lacks for later, as zeros.
                 tensor = torch.zeros_like(tensor, device=model.offload_device)
             setattr(twin, name, nn.Parameter(tensor.to(model.offload_device), requires_grad=False))
+    if is_preference(module):
+        twin.__dict__.update(own_state(module))
 
 
 def _quantize_layer(layer: Any, format: Format, dtype: torch.dtype, model: ModelPatcher) -> None:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from ..hotpath.rowwise import FP8, computed_once, dequantized_rows, fp8_product, fp8_rows, fp8_scales, int8_rows
 from ..hotpath.template import NotHoistable
 from .formats import FP8_ROWWISE, INT8_WEIGHT_ONLY
+from .quantized_opaque import OpaqueLinear, can_be_opaque, opaque_facts, opaque_tensors
 
 _FP8 = {"float8_e4m3fn": torch.float8_e4m3fn, "float8_e5m2": torch.float8_e5m2}
 _INT8 = "int8_tensorwise"
@@ -183,7 +184,7 @@ def quantized_layer(layer: Any) -> nn.Module:
     """The layer that computes as ``layer`` does with the format in use.
 
     Raises:
-        NotHoistable: the format is not one of those above.
+        NotHoistable: the host keeps the format in another way than all that there are.
     """
     if format_in_use(layer) != layer.quant_format:
         return WeightOnlyLinear(layer)
@@ -193,18 +194,28 @@ def quantized_layer(layer: Any) -> nn.Module:
         return RotatedInt8Linear(layer) if _rotated(layer) else Int8Linear(layer)
     if layer.layout_type == FP8_ROWWISE:
         return Fp8RowwiseLinear(layer)
-    raise NotHoistable(f"a layer computes in {layer.quant_format} with quantized activations")
+    if not can_be_opaque(layer.weight):
+        raise NotHoistable(f"a layer computes in {layer.quant_format}, which holds more than tensors and numbers")
+    return OpaqueLinear(layer, _quantizes_input(layer))
 
 
-def quantized_weights(layer: Any, format: Hashable, like: Tensor) -> dict[str, Tensor]:
-    """The tensors of ``layer`` by the names of ``quantized_layer``'s parameters, as the host would use them now in
-    ``format``, the one in use.
+def state_in_use(layer: Any) -> Hashable:
+    """``format_in_use``, with all that an opaque layer depends on beside its tensors."""
+    format = format_in_use(layer)
+    known = format != layer.quant_format or format in _FP8 or format == _INT8 or layer.layout_type == FP8_ROWWISE
+    return format if format is None or known else (format, opaque_facts(layer.weight))
+
+
+def quantized_weights(layer: Any, state: Hashable, like: Tensor) -> dict[str, Tensor]:
+    """The tensors of ``layer`` by the names of ``quantized_layer``'s parameters, as the host would use them now with
+    ``state``, the ``state_in_use``.
 
     Raises:
         NotHoistable: the host would not keep the weight quantized for activations of ``like``'s dtype.
     """
-    weight_only = format != layer.quant_format
-    if weight_only or layer.quant_format == _INT8:
+    opaque = isinstance(state, tuple)
+    weight_only = not opaque and state != layer.quant_format
+    if weight_only or layer.quant_format == _INT8 or (opaque and not _quantizes_input(layer)):
         weight, bias = comfy.ops.cast_bias_weight(
             layer,
             dtype=layer.weight.dtype,
@@ -217,10 +228,21 @@ def quantized_weights(layer: Any, format: Hashable, like: Tensor) -> dict[str, T
         weight, bias = comfy.ops.cast_bias_weight(layer, like, compute_dtype=like.dtype, want_requant=True)
     if not isinstance(weight, comfy.quant_ops.QuantizedTensor):
         raise NotHoistable(f"a layer is kept in {layer.quant_format} and used in {like.dtype}")
+    if opaque:
+        if opaque_facts(weight) != state[1]:
+            raise NotHoistable(f"a layer is kept in {layer.quant_format} and brought in another form of it")
+        tensors = {**opaque_tensors(weight), "bias": bias}
+        if _quantizes_input(layer):
+            tensors["input_scale"] = getattr(layer, "input_scale", None)
+        return {name: value.to(like.device) for name, value in tensors.items() if value is not None}
     tensors = {"weight": weight._qdata.contiguous(), "weight_scale": weight.params.scale, "bias": bias}
     if layer.quant_format in _FP8 and not weight_only:
         tensors["input_scale"] = getattr(layer, "input_scale", None)
     return {name: value.to(like.device) for name, value in tensors.items() if value is not None}
+
+
+def _quantizes_input(layer: Any) -> bool:
+    return comfy.quant_ops.QUANT_ALGOS.get(layer.quant_format, {}).get("quantize_input", True)
 
 
 def _rotated(layer: Any) -> bool:

@@ -21,7 +21,13 @@ from ..hotpath.gelu import LogisticGelu
 from ..hotpath.template import NotHoistable, PlainLayer
 from ..hotpath.values import plain_tensor
 from .containers import HostsAttention, container_state, is_container, is_preference, preferred_attention
-from .quantized import format_in_use, quantized_layer, quantized_weights, quantizes_activations_itself
+from .quantized import (
+    format_in_use,
+    quantized_layer,
+    quantized_weights,
+    quantizes_activations_itself,
+    state_in_use,
+)
 
 # The state of a mixed precision Linear that computes in no quantized format.
 _CAST = "cast"
@@ -71,7 +77,7 @@ def layer_states(kind: type) -> Callable[[Any], Hashable] | None:
     """What tells how a layer of this class computes now, where that may change without it changing: in which quantized
     format, or with a weight that the host casts; the plain state of a module that this pack doesn't know."""
     if _is_mixed_precision_linear(kind):
-        return lambda layer: format_in_use(layer) or _CAST
+        return lambda layer: state_in_use(layer) or _CAST
     return None if issubclass(kind, (Linear, LayerNorm, RMSNorm)) else container_state(kind)
 
 
