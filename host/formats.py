@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import comfy.float
@@ -20,6 +20,8 @@ FP8_ROWWISE = "HotPathFP8RowwiseLayout"
 INT8_WEIGHT_ONLY = "HotPathInt8WeightOnlyLayout"
 # As much of a name that can't be read as an error repeats.
 _QUOTED = 40
+# Values of a weight that are quantized at once.
+AT_ONCE = 2**22
 _NEWER_COMFYUI = "a newer ComfyUI, which has int8 layers"
 
 
@@ -92,7 +94,7 @@ class Format:
     ``host_name`` is the format as the host's layers and files name it, ``layout`` and ``options`` what makes a
     ``QuantizedTensor``. ``multiple`` is what both sides of a weight must be a multiple of, ``smallest`` the side below
     which quantizing activations takes longer than the product saves. With ``weight_only`` the product is in full
-    precision, of the dequantized weight.
+    precision, of the dequantized weight. ``by_rows``: a row's values depend on no other row, but for one scale of all.
     """
 
     name: str
@@ -102,15 +104,36 @@ class Format:
     weight_only: bool = False
     multiple: int = 1
     smallest: int = 1
+    by_rows: bool = True
 
     def missing(self, device: torch.device) -> str | None:
         """The hardware or software that this format needs and ``device`` lacks, in words."""
         return None
 
     def quantize(self, weight: Tensor, dtype: torch.dtype) -> QuantizedTensor:
-        """``weight`` (out, in) of any float dtype, quantized where it is, for computing in ``dtype``."""
+        """``weight`` (out, in) of any float dtype, quantized where it is, for computing in ``dtype``.
+
+        ``peak_bytes`` says what that takes.
+        """
+        rows = max(1, AT_ONCE // weight.shape[1]) if self.by_rows else len(weight)
+        options = self._options_for(weight)
         # The host divides by a scale of the weight's own dtype, which bf16 would round.
-        return QuantizedTensor.from_float(weight.float(), self.layout, **dict(self.options)).to(dtype)
+        parts = [QuantizedTensor.from_float(part.float(), self.layout, **options) for part in weight.split(rows)]
+        if len(parts) == 1:
+            return parts[0].to(dtype)
+        params = parts[0]._params
+        scale = torch.cat([part._params.scale for part in parts]) if params.scale.ndim else params.scale
+        params = replace(params, scale=scale, orig_shape=tuple(weight.shape))
+        return QuantizedTensor(torch.cat([part._qdata for part in parts]), self.layout, params).to(dtype)
+
+    def peak_bytes(self, weight: Tensor) -> int:
+        """What ``quantize`` takes at most, with a copy of ``weight`` on the device and the result twice."""
+        at_once = min(AT_ONCE, weight.numel()) if self.by_rows else weight.numel()
+        return weight.nbytes + 2 * weight.numel() + at_once * 4 * 4
+
+    def _options_for(self, weight: Tensor) -> dict[str, Any]:
+        """The options of the host's layout to quantize ``weight`` with."""
+        return dict(self.options)
 
 
 class Fp8(Format):
@@ -119,6 +142,12 @@ class Fp8(Format):
 
     Source: the host's ``TensorCoreFP8E4M3Layout``; arXiv:2209.05433.
     """
+
+    def _options_for(self, weight: Tensor) -> dict[str, Any]:
+        options = dict(self.options)
+        if options.get("scale") == "recalculate":
+            options["scale"] = torch.stack(torch.aminmax(weight)).abs().amax().float() / torch.finfo(FP8).max
+        return options
 
     def missing(self, device: torch.device) -> str | None:
         if device.type == "cpu" or comfy.model_management.supports_fp8_compute(device):
@@ -204,8 +233,8 @@ FORMATS: Mapping[str, Format] = {
         Fp8Rowwise("fp8_e4m3_rowwise", "fp8_e4m3_rowwise", FP8_ROWWISE, multiple=16, smallest=256),
         Fp8("fp8_e4m3", *_FP8, multiple=16, smallest=256),
         Int8WeightOnly("int8_weight_only", "int8_tensorwise", INT8_WEIGHT_ONLY, weight_only=True),
-        NvFp4("nvfp4", "nvfp4", "TensorCoreNVFP4Layout", multiple=32, smallest=256),
-        MxFp8("mxfp8", "mxfp8", "TensorCoreMXFP8Layout", multiple=32, smallest=256),
+        NvFp4("nvfp4", "nvfp4", "TensorCoreNVFP4Layout", multiple=32, smallest=256, by_rows=False),
+        MxFp8("mxfp8", "mxfp8", "TensorCoreMXFP8Layout", multiple=32, smallest=256, by_rows=False),
     )
 }
 # Of layers that see one vector a step, such as modulation; in a ComfyUI without int8 what its files may hold.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import weakref
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
@@ -248,12 +248,12 @@ def _empty_twin(source: BaseModel) -> Any:
     return twin_config.get_model(source.state_dict(), "diffusion_model.")
 
 
-def _make_room(model: ModelPatcher, names: Collection[str]) -> None:
-    """Ask the host for the memory that the largest layer takes in float32 with its temporaries."""
+def _make_room(model: ModelPatcher, formats: Mapping[str, Format]) -> None:
+    """Ask the host for what quantizing the largest layer takes."""
     modules = dict(model.model.diffusion_model.named_modules())
-    largest = max(modules[name].weight.numel() for name in names)
+    needed = max(format.peak_bytes(modules[name].weight) for name, format in formats.items())
     if not comfy.model_management.is_device_cpu(model.load_device):
-        comfy.model_management.free_memory(largest * 4 * 4, model.load_device)
+        comfy.model_management.free_memory(needed, model.load_device)
 
 
 def _share(module: nn.Module, twin: Any, model: ModelPatcher, path: str) -> None:

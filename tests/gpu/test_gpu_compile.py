@@ -95,9 +95,9 @@ def test_quantizing_takes_the_memory_of_a_layer():
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     quantize(model, "fp8_e4m3_rowwise")
-    # The largest, in bf16, in float32, its magnitudes, scaled, and in fp8.
+    # The largest in bf16, in fp8 by rows and joined, and some rows: less than its copy in float32 and the result.
     layer = 7 * hidden * hidden
-    assert torch.cuda.max_memory_allocated() - before <= layer * (2 + 4 * 4 + 1)
+    assert torch.cuda.max_memory_allocated() - before <= layer * (4 + 1)
 
 
 def test_the_step_that_compiles_takes_a_block_more_than_an_eager_step():
