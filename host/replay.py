@@ -107,11 +107,11 @@ class Replays:
         recordings = recordings_on(device) if self.wanted else None
         if recordings is None:
             return graph(weights, inputs)
-        if attend is not None:
-            self._note(kind, OPAQUE)
+        if attend is not None or streamed:
+            self._note(kind, OPAQUE if attend is not None else STREAMED)
             return graph(weights, inputs)
         self._devices.add(device)
-        unsafe = partial(unsafe_weights, layers, device, streamed)
+        unsafe = partial(unsafe_weights, layers, device)
         done = recordings.run(block, graph, weights, inputs, self.always, unsafe)
         if done.why_not is not None:
             self._note(kind, done.why_not)
@@ -180,10 +180,8 @@ class Replays:
         self.why_not.setdefault(reason, Counter())[kind] += 1
 
 
-def unsafe_weights(layers: Layers, device: torch.device, streamed: bool) -> str | None:
+def unsafe_weights(layers: Layers, device: torch.device) -> str | None:
     """Why the weights of ``layers``, in use on ``device``, will not stay where they are; None if they will."""
-    if streamed:
-        return STREAMED
     for _, layer, _ in layers:
         held: Any = layer.__dict__
         if held.get("weight_function") or held.get("bias_function"):
