@@ -119,8 +119,11 @@ def offload(model: Any, **settings: Any) -> Any:
     return offload_repeated_blocks(model, OffloadSettings(**settings), NodeText(None))
 
 
-def sample(model: Any, size: tuple[int, int] = (256, 256), tokens: int = 32, steps: int = 2) -> Tensor:
-    """A latent of one image of ``size`` pixels with ``tokens`` of random text, the same at each call."""
+def sample(
+    model: Any, size: tuple[int, int] = (256, 256), tokens: int = 32, steps: int = 2, cfg: float = 1.0
+) -> Tensor:
+    """A latent of one image of ``size`` pixels with ``tokens`` of random text, the same at each call; with a ``cfg``
+    other than 1 of two branches."""
     import comfy.sample
 
     width, height = size
@@ -132,7 +135,7 @@ def sample(model: Any, size: tuple[int, int] = (256, 256), tokens: int = 32, ste
     condition = [[text, {"guidance": 3.5, "pooled_output": pooled}]]
     with torch.inference_mode():
         return comfy.sample.sample(
-            model, noise, steps, 1.0, "euler", "simple", condition, condition, noise * 0, seed=0, disable_pbar=True
+            model, noise, steps, cfg, "euler", "simple", condition, condition, noise * 0, seed=0, disable_pbar=True
         )
 
 

@@ -1,11 +1,14 @@
 """Blocks replayed from recordings in the host, on a recorder that reads real addresses: the same bits as unrecorded."""
 
+import random
+
 import folder_paths
 import pytest
 import torch
 from comfy.sd import load_lora_for_models
 from hotpath_pack.devtools import checkpoints
 from hotpath_pack.devtools.reruns import Reruns
+from hotpath_pack.host import compile as host_compile
 from hotpath_pack.host import replay
 from hotpath_pack.host.compile import compile_repeated_blocks
 from hotpath_pack.hotpath import graphs
@@ -74,7 +77,7 @@ def keep_outputs(model, kept):
     return patched
 
 
-def test_replays_are_the_bits_of_the_same_regions_unrecorded(model, weights, recorder):
+def test_replays_are_the_bits_of_the_same_regions_unrecorded(model, weights, recorder, monkeypatch):
     """Sizes, branches, LoRAs and moved weights in turns; then what keeps outputs, and what patches attention."""
     off, on = compiled(model, "off"), compiled(model)
     runs = [RUN, dict(RUN, width=48), dict(RUN, cfg=2.0), dict(RUN, tokens=5, cfg=2.0), RUN]
@@ -84,10 +87,15 @@ def test_replays_are_the_bits_of_the_same_regions_unrecorded(model, weights, rec
         assert torch.equal(sample(on, **run), want)
         assert replays_of(on).replayed == {"double": 2, "single": 2} and not replays_of(on).why_not
     assert "2 double and 2 single blocks replayed as CUDA graphs" in compiled_blocks(on).summary()
-    before = recorder.recorded
-    assert torch.equal(sample(on, **RUN), wants[0]) and recorder.recorded == before
-    move(model)
-    assert torch.equal(sample(on, **RUN), wants[0]) and recorder.recorded == before + 2
+    before, asked = recorder.recorded, []
+    ask = host_compile.block_weights
+    with monkeypatch.context() as patch:
+        patch.setattr(host_compile, "block_weights", lambda *of: asked.append(of) or ask(*of))
+        assert torch.equal(sample(on, **RUN), wants[0]) and recorder.recorded == before
+        assert not asked, "the host was asked for weights that are where they were"
+        move(model)
+        assert torch.equal(sample(on, **RUN), wants[0]) and recorder.recorded == before + 2
+        assert asked
     lora = checkpoints.lora(weights)
     patched_on, patched_off = (load_lora_for_models(side, None, lora, 0.5, 0)[0] for side in (on, off))
     want = sample(patched_off, **RUN)
@@ -96,6 +104,13 @@ def test_replays_are_the_bits_of_the_same_regions_unrecorded(model, weights, rec
         assert torch.equal(sample(patched_on, **RUN), want)
     for _ in range(2):
         assert torch.equal(sample(on, **RUN), wants[0])
+
+    choose = random.Random(0)
+    for _ in range(12):
+        action = choose.choice([move, lambda model: replays_of(on).unload(model, True), lambda model: None])
+        action(model)
+        side, run = choose.choice([(on, off), (patched_on, patched_off)]), choose.choice(runs)
+        assert torch.equal(*(sample(which, **run) for which in side))
 
     kept = []
     keeping = keep_outputs(on, kept)
