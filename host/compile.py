@@ -16,24 +16,24 @@ from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import CallbacksMP, WrapperExecutor, WrappersMP
 from torch import Tensor, nn
 
+from ..hotpath.artifacts import NotKept
 from ..hotpath.attention import Attend, attention_scope
 from ..hotpath.compiled import Bind, Region, RegionStore
 from ..hotpath.failures import RegionFailed, belongs_to_host, reason_of
 from ..hotpath.preflight import compile_problems
-from ..hotpath.selection import select_blocks
 from ..hotpath.settings import CompileSettings
 from ..hotpath.template import BlockPlan, NotHoistable, plan_block
 from ..hotpath.values import input_kinds
 from .accounting import CallAccount, block_name, routed, untouched
-from .artifacts import kept_region
+from .artifacts import kept_region, unsupported
 from .boundary import GettingCode
 from .eager_steps import step_kind
-from .families import kinds_of, require_family
+from .families import require_family, selected_blocks
 from .families.kinds import BlockKind
 from .ledger import Ledger
 from .models import WHOLE_MODEL, compiled_by_another, is_compiled, require_model, to_device
 from .progress import NodeText
-from .replay import Replays
+from .replay import NOT_AHEAD, Replayed, Replays
 from .weights import Layers, block_weights, in_place, layer_states, plain_layers
 
 log = logging.getLogger(__name__)
@@ -66,8 +66,7 @@ def compile_repeated_blocks(
     A later call on the result replaces the settings of an earlier one.
 
     Raises:
-        ValueError: ``model`` is no MODEL or has no repeated blocks, a block is outside it, nothing is selected, or
-            the mode can't work on the model's device.
+        ValueError: ``model`` is no MODEL or has no repeated blocks, a block is outside it, or nothing is selected.
     """
     require_model(model)
     require_family(model, "compile")
@@ -78,7 +77,6 @@ def compile_repeated_blocks(
             f"double_blocks, single_blocks: {double_blocks!r} and {single_blocks!r} leave no block of this model to "
             "compile. Set one of them to 'all' or a range, or bypass this node."
         )
-    settings.check_device(model.load_device)
     compiled = model.clone()
     compiled.remove_wrappers_with_key(WrappersMP.APPLY_MODEL, WRAPPER_KEY)
     blocks = CompiledBlocks(settings, selected, on_failure, text, cache, cuda_graphs)
@@ -94,19 +92,6 @@ def compile_repeated_blocks(
     return compiled
 
 
-def selected_blocks(diffusion_model: nn.Module, selection: Mapping[str, str]) -> dict[BlockKind, tuple[int, ...]]:
-    """The kinds of blocks of the model, each with the indices of its selected blocks.
-
-    Raises:
-        ValueError: a block is outside the model.
-    """
-    found = {}
-    for kind in kinds_of(diffusion_model):
-        count = len(kind.blocks(diffusion_model))
-        found[kind] = tuple(sorted(select_blocks(kind.selected_by, selection[kind.selected_by], count)))
-    return found
-
-
 def compiled_blocks(model: ModelPatcher) -> CompiledBlocks | None:
     """What Compile Repeated Blocks put on ``model``; None without it."""
     found = model.get_wrappers(WrappersMP.APPLY_MODEL, WRAPPER_KEY)
@@ -119,6 +104,7 @@ class _Call:
     def __init__(self, selected: Mapping[BlockKind, Collection[int]]) -> None:
         self.account = CallAccount({kind.name: indices for kind, indices in selected.items()})
         self.regions: dict[Hashable, Region] = {}
+        self.graphs = Replayed()
 
 
 class CompiledBlocks(Ledger):
@@ -170,7 +156,7 @@ class CompiledBlocks(Ledger):
     ) -> Any:
         """A wrapper of the host's ``apply_model``; arguments are passed on as they are, conditioning on the device."""
         call = _Call(self.selected)
-        self.replays.begin(x.device)
+        self.replays.begin(call.graphs, x.device)
         spent, kind = self.seconds, step_kind(executor.class_obj, x, c_crossattn)
         c_concat, c_crossattn = (to_device(cond, x.device) for cond in (c_concat, c_crossattn))
         kwargs = {name: to_device(cond, x.device) for name, cond in kwargs.items()}
@@ -279,7 +265,7 @@ class CompiledBlocks(Ledger):
             with GettingCode(f"{kind.name} block"):
                 taken = kind.interface.region_inputs(inputs, activation, self.settings.dynamic != "never")
             if attend is None:
-                out = self.replays.again(kind.name, plan, layers, taken, activation.device)
+                out = self.replays.again(call.graphs, kind.name, plan, layers, taken, activation.device)
                 if out is not None:
                     call.account.ran_compiled(kind.name, index)
                     return out
@@ -298,7 +284,7 @@ class CompiledBlocks(Ledger):
             assert region is not None
             scope.enter_context(nullcontext() if attend is None else attention_scope(attend))
             if graph is not None:
-                out = self.replays.run(kind.name, plan, layers, attend, streamed, graph, weights, taken)
+                out = self.replays.run(call.graphs, kind.name, plan, layers, attend, streamed, graph, weights, taken)
                 call.regions[like] = region
                 self.regions.setdefault(region)
             else:
@@ -306,6 +292,8 @@ class CompiledBlocks(Ledger):
                     out, cost = region.run(weights, taken, dims, check)
                 self.note_cost(region, cost)
                 call.regions[like] = region
+                if not region.ahead and self.replays.records_on(activation.device):
+                    call.graphs.note(kind.name, NOT_AHEAD)
                 if not (region.stats.graphs or region.stats.loaded):
                     why = region.stats.breaks[-1] if region.stats.breaks else "no part of it can be traced"
                     self._note_eager(call, kind, index, f"PyTorch compiled nothing of it: {why}")
@@ -348,7 +336,9 @@ class CompiledBlocks(Ledger):
         device = inputs[kind.activation].device
         kinds = input_kinds(inputs, shapes=self.settings.dynamic == "never")
         dtypes = tuple(weight.dtype for weight in weights.values())
-        key = (plan.key, bind, self.settings, kinds, dtypes, torch.is_inference_mode_enabled(), self.cache)
+        # What is recorded needs guards that can be asked, as those of graphs compiled ahead of time can.
+        ahead = self.replays.records_on(device)
+        key = (plan.key, bind, self.settings, kinds, dtypes, torch.is_inference_mode_enabled(), self.cache, ahead)
         if key in self._failed:
             raise NotHoistable(self._failed[key])
 
@@ -360,6 +350,8 @@ class CompiledBlocks(Ledger):
                 # It can be compiled all the same.
                 except Exception as reason:
                     why_not = f": {reason_of(reason)}"
+            if kept is None and ahead and not unsupported(self.settings, device):
+                kept = NotKept()
             region = Region(name, plan.template, bind, self.settings, kind.streams, kept)
             region.stats.cache += why_not
             return region

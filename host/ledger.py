@@ -10,9 +10,10 @@ from collections.abc import Hashable
 from comfy.model_base import BaseModel
 
 from ..hotpath.artifacts import FIRST_TIME
-from ..hotpath.compiled import Cost, Region
+from ..hotpath.compiled import Region
 from ..hotpath.reasons import how_to_avoid
 from ..hotpath.settings import CompileSettings
+from ..hotpath.stats import Cost
 from .accounting import CallAccount, Reasons, which
 from .eager_steps import eager_seconds, note_quickest
 from .progress import NodeText, StepClock

@@ -33,6 +33,7 @@ _lock = threading.Lock()
 OPAQUE = "patches around attention are Python, which a recording would leave out"
 STREAMED = "its weights are streamed"
 CAST = "its weights are cast or copied to the device each time they are used"
+NOT_AHEAD = "PyTorch can't compile them ahead of time, so that nothing tells whether a recording still holds"
 FUNCTIONS = "LoRAs or other functions are applied to its weights each time they are used"
 
 
@@ -57,6 +58,17 @@ def _affords(device: torch.device, size: int) -> bool:
     return comfy.model_management.get_free_memory(device) - comfy.model_management.extra_reserved_memory() >= size
 
 
+class Replayed:
+    """What of one call of the model ran as recordings: ``blocks`` of each kind, and ``why_not`` others, by reason."""
+
+    def __init__(self) -> None:
+        self.blocks: Counter[str] = Counter()
+        self.why_not: dict[str, Counter[str]] = {}
+
+    def note(self, kind: str, reason: str) -> None:
+        self.why_not.setdefault(reason, Counter())[kind] += 1
+
+
 class _Known(NamedTuple):
     """Of a block that ran as its recording: what recorded it, and where its weights were."""
 
@@ -77,22 +89,34 @@ class Replays:
         self.wanted = (
             choice == "auto" and settings.backend == "inductor" and (self.always or settings.mode == "default")
         )
-        self.replayed: Counter[str] = Counter()
-        self.why_not: dict[str, Counter[str]] = {}
+        self.last = Replayed()
         self._devices: set[torch.device] = set()
         self._known: weakref.WeakKeyDictionary[Any, _Known] = weakref.WeakKeyDictionary()
 
-    def begin(self, device: torch.device) -> None:
+    @property
+    def replayed(self) -> Counter[str]:
+        """How many blocks of each kind ran as recordings in the last call."""
+        return self.last.blocks
+
+    @property
+    def why_not(self) -> dict[str, Counter[str]]:
+        """How many blocks of each kind did not in the last call, by reason."""
+        return self.last.why_not
+
+    def records_on(self, device: torch.device) -> bool:
+        """Whether blocks on ``device`` may be recorded."""
+        return self.wanted and recordings_on(device) is not None
+
+    def begin(self, call: Replayed, device: torch.device) -> None:
         """A call of the model begins on ``device``."""
-        self.replayed.clear()
-        self.why_not.clear()
-        if self.wanted:
-            recordings = recordings_on(device)
-            if recordings is not None:
-                recordings.begin()
+        self.last = call
+        recordings = recordings_on(device) if self.wanted else None
+        if recordings is not None:
+            recordings.begin()
 
     def run(
         self,
+        call: Replayed,
         kind: str,
         block: Any,
         layers: Layers,
@@ -108,15 +132,15 @@ class Replays:
         if recordings is None:
             return graph(weights, inputs)
         if attend is not None or streamed:
-            self._note(kind, OPAQUE if attend is not None else STREAMED)
+            call.note(kind, OPAQUE if attend is not None else STREAMED)
             return graph(weights, inputs)
         self._devices.add(device)
         unsafe = partial(unsafe_weights, layers, device)
         done = recordings.run(block, graph, weights, inputs, self.always, unsafe)
         if done.why_not is not None:
-            self._note(kind, done.why_not)
+            call.note(kind, done.why_not)
         if done.output is not None:
-            self.replayed[kind] += 1
+            call.blocks[kind] += 1
             places = Places(layers)
             if done.addresses is not None and places.cover(weights):
                 self._known[block] = _Known(graph, done.addresses, places)
@@ -125,7 +149,9 @@ class Replays:
         recordings.ran()
         return out
 
-    def again(self, kind: str, block: Any, layers: Layers, inputs: dict[str, Any], device: torch.device) -> Any:
+    def again(
+        self, call: Replayed, kind: str, block: Any, layers: Layers, inputs: dict[str, Any], device: torch.device
+    ) -> Any:
         """Run ``block`` as its recording where it has one and its weights are known to be in place; else None."""
         known = self._known.get(block)
         recordings = recordings_on(device) if known is not None else None
@@ -136,7 +162,7 @@ class Replays:
                 return None
             done = recordings.replay(block, known.graph, known.addresses, inputs)
         if done.output is not None:
-            self.replayed[kind] += 1
+            call.blocks[kind] += 1
         return done.output
 
     def start(self, patcher: ModelPatcher) -> None:
@@ -162,6 +188,11 @@ class Replays:
         """Bytes that recordings keep on the devices that this node ran on."""
         return sum(recordings.bytes for recordings in self._own())
 
+    def told(self) -> dict[str, Any]:
+        """The last call in numbers, for the report."""
+        why_not = {reason: dict(kinds) for reason, kinds in self.why_not.items()}
+        return {"blocks": dict(self.replayed), "bytes": self.bytes, "why_not": why_not}
+
     def summary(self) -> str:
         """One line for the node and the report; empty when there is nothing to tell."""
         parts = []
@@ -175,9 +206,6 @@ class Replays:
 
     def _own(self) -> list[Recordings]:
         return [_RECORDINGS[device] for device in self._devices if device in _RECORDINGS]
-
-    def _note(self, kind: str, reason: str) -> None:
-        self.why_not.setdefault(reason, Counter())[kind] += 1
 
 
 def unsafe_weights(layers: Layers, device: torch.device) -> str | None:

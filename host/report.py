@@ -68,6 +68,7 @@ def report() -> dict[str, Any]:
                 "summary": blocks.summary(),
                 "regions": [_region(region) for region in blocks.regions],
                 "compiled_blocks": dict(blocks.compiled),
+                "cuda_graphs": blocks.replays.told(),
                 "eager": {reason: sorted(names) for reason, names in blocks.eager.items()},
             }
             for blocks in list(LATEST.values())

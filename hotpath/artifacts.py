@@ -239,6 +239,14 @@ class Kept:
         return Stored(self.region, facts, tuple(graph for made, graph in self._graphs if made == facts))
 
 
+class NotKept:
+    """Graphs are compiled ahead of time and end with the process."""
+
+    def facts(self) -> Mapping[str, str]:
+        """None are needed."""
+        return {}
+
+
 def pack(stored: Stored, key: bytes) -> bytes:
     """``stored`` as a file: marker, SHA-256 and HMAC of the rest, header, graphs."""
     header = {"region": stored.region, "facts": dict(stored.facts), "sizes": [len(graph) for graph in stored.graphs]}

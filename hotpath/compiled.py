@@ -16,7 +16,6 @@ import types
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -24,7 +23,7 @@ from torch import Tensor, nn
 from torch._dynamo.exc import FailOnRecompileLimitHit
 from torch.func import functional_call
 
-from .artifacts import Kept
+from .artifacts import Kept, NotKept
 from .counters import breaks_since, breaks_so_far, graphs_so_far, guard_failures
 from .failures import CompiledCodeFailed, RegionFailed, belongs_to_host, reason_of, went_through
 from .graphs import Graph, NotAhead, compile_graph, load_graph
@@ -33,6 +32,7 @@ from .limits import compiling
 from .memory import peak_bytes
 from .reasons import THROWN_AWAY, plain_reason
 from .settings import CompileSettings
+from .stats import NO_COST, Cost, RegionStats
 from .values import Copies, device_of, tensors_in
 
 log = logging.getLogger(__name__)
@@ -41,40 +41,6 @@ _NUMBERS = itertools.count()
 
 Bind = Callable[[Mapping[str, Any]], Mapping[str, Any]]
 """Turns a region's inputs into the keyword arguments of the block's forward. Traced with the region."""
-
-
-@dataclass
-class RegionStats:
-    """What one region has cost so far.
-
-    ``seconds`` is wall time of the calls that compiled, and ``peak_growth`` how many bytes those calls raised the peak
-    memory of the device (on a CPU, of this process). ``breaks`` and ``recompiles`` are the reasons for graph breaks
-    and for all graphs after the first, in plain words. ``loaded`` graphs were compiled by an earlier process, and
-    ``cache`` says what came of looking for them.
-    """
-
-    graphs: int = 0
-    seconds: float = 0.0
-    loaded: int = 0
-    load_seconds: float = 0.0
-    cache: str = "off"
-    peak_growth: int = 0
-    limit_reached: bool = False
-    breaks: list[str] = field(default_factory=list)
-    recompiles: list[str] = field(default_factory=list)
-
-
-@dataclass(frozen=True)
-class Cost:
-    """What one call of a region took beyond running it: seconds of compiling and of loading, and why it was compiled
-    again."""
-
-    seconds: float = 0.0
-    load_seconds: float = 0.0
-    recompiles: tuple[str, ...] = ()
-
-
-NO_COST = Cost()
 
 
 class _Uncompiled(Exception):
@@ -88,7 +54,7 @@ class Region:
     """One compiled function for all blocks that share a structure, settings and kind of inputs.
 
     ``streams`` is how many inputs have a token count of their own. With ``kept``, graphs are compiled ahead of time
-    and outlive the process.
+    and outlive the process, unless it is ``NotKept``.
     """
 
     def __init__(
@@ -98,7 +64,7 @@ class Region:
         bind: Bind,
         settings: CompileSettings,
         streams: int = 1,
-        kept: Kept | None = None,
+        kept: Kept | NotKept | None = None,
     ) -> None:
         self.name = name
         self.settings = settings
@@ -145,12 +111,17 @@ class Region:
 
     @property
     def kept(self) -> Kept | None:
-        """Where its graphs are kept; None when they can't be."""
-        return self._kept
+        """Where its graphs are kept; None when they are not."""
+        return None if isinstance(self._kept, NotKept) else self._kept
+
+    @property
+    def ahead(self) -> bool:
+        """Whether its graphs are compiled ahead of time, so that their guards can be asked."""
+        return self._kept is not None
 
     def loads(self, weights: dict[str, Tensor], inputs: dict[str, Any]) -> bool:
         """Load what an earlier process compiled; whether that does for these arguments, so that nothing is compiled."""
-        kept = self._kept
+        kept = self.kept
         if kept is None:
             return False
         started = time.perf_counter()
@@ -362,17 +333,20 @@ class Region:
         return made, facts
 
     def _keep(self, made: Graph, facts: Mapping[str, str]) -> None:
-        assert self._kept is not None
+        kept = self.kept
+        if kept is None:
+            return
         try:
-            self._kept.add(made.to_bytes(), facts)
-            self.stats.cache = self._kept.state
+            kept.add(made.to_bytes(), facts)
+            self.stats.cache = kept.state
         # The block has run; what can't be kept is compiled again at the next start.
         except Exception as error:
             self._keep_no_more(reason_of(error))
 
     def _keep_no_more(self, reason: str) -> None:
         self.stats.cache = f"off: {reason}"
-        log.warning("%s region can't be kept for the next start: %s", self.name, reason)
+        if self.kept is not None:
+            log.warning("%s region can't be kept for the next start: %s", self.name, reason)
         self._kept = None
 
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
-
 MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 DYNAMIC = ("auto", "always", "never")
 CUDA_GRAPH_MODES = frozenset({"reduce-overhead", "max-autotune"})
@@ -40,14 +38,6 @@ class CompileSettings:
         if self.mode != "default" and self.backend != "inductor":
             raise CompileSettingsError(
                 f"mode: {self.mode!r} is a setting of the inductor backend. With {self.backend!r} choose 'default'."
-            )
-
-    def check_device(self, device: torch.device) -> None:
-        """Raise CompileSettingsError for a mode that can't be both right and faster on ``device``."""
-        if device.type == "cuda" and self.mode in CUDA_GRAPH_MODES:
-            raise CompileSettingsError(
-                f"mode: {self.mode!r} records CUDA graphs. A region takes each block's weights as inputs, which a CUDA "
-                "graph would copy whole at every replay. Choose 'default' or 'max-autotune-no-cudagraphs'."
             )
 
     def graph_limit(self, streams: int) -> int:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from comfy.model_patcher import ModelPatcher
 from torch import nn
 
+from ...hotpath.selection import select_blocks
 from .flux import FLUX
 from .kinds import BlockKind, Family
 
@@ -50,3 +51,16 @@ def require_family(model: ModelPatcher, verb: str) -> Family:
             f"that this pack knows. Supported are {SUPPORTED}."
         )
     return family
+
+
+def selected_blocks(diffusion_model: nn.Module, selection: Mapping[str, str]) -> dict[BlockKind, tuple[int, ...]]:
+    """The kinds of blocks of the model, each with the indices of its selected blocks.
+
+    Raises:
+        ValueError: a block is outside the model.
+    """
+    found = {}
+    for kind in kinds_of(diffusion_model):
+        count = len(kind.blocks(diffusion_model))
+        found[kind] = tuple(sorted(select_blocks(kind.selected_by, selection[kind.selected_by], count)))
+    return found

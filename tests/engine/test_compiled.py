@@ -9,8 +9,9 @@ from hotpath_pack.hotpath.attention import AttentionMismatch, attention_scope, o
 from hotpath_pack.hotpath.backends import available_backends
 from hotpath_pack.hotpath.compiled import Region, RegionStore
 from hotpath_pack.hotpath.failures import RegionFailed
+from hotpath_pack.hotpath.inductor import region_options
 from hotpath_pack.hotpath.limits import compiling
-from hotpath_pack.hotpath.settings import CompileSettings, CompileSettingsError
+from hotpath_pack.hotpath.settings import MODES, CompileSettings, CompileSettingsError
 from hotpath_pack.hotpath.values import input_kinds, tensors_in
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -148,12 +149,9 @@ def test_settings_that_cannot_work_are_named(choice, names):
         CompileSettings(**choice)
 
 
-@pytest.mark.parametrize("mode", ["reduce-overhead", "max-autotune"])
-def test_cuda_graph_modes_are_refused_where_they_would_copy_weights(mode):
-    options = CompileSettings(mode=mode)
-    options.check_device(torch.device("cpu"))
-    with pytest.raises(CompileSettingsError, match="copy whole at every replay. Choose 'default' or"):
-        options.check_device(torch.device("cuda", 0))
+@pytest.mark.parametrize("mode", MODES)
+def test_inductor_records_no_cuda_graphs_of_its_own_which_would_copy_weights(mode):
+    assert region_options(mode, probe=False)["triton.cudagraphs"] is False
 
 
 def test_backends_offer_inductor_first_and_only_what_is_installed():

@@ -45,9 +45,9 @@ def model(weights):
     return load({name: weight.clone() for name, weight in weights.items()})
 
 
-def compiled(model, cuda_graphs="auto", **settings):
+def compiled(model, cuda_graphs="auto", cache="auto", **settings):
     chosen = CompileSettings(**settings)
-    made = compile_repeated_blocks(model, chosen, "all", "all", "error", Texts(), "auto", cuda_graphs)
+    made = compile_repeated_blocks(model, chosen, "all", "all", "error", Texts(), cache, cuda_graphs)
     replays_of(made).always = True
     return made
 
@@ -120,6 +120,12 @@ def test_replays_are_the_bits_of_the_same_regions_unrecorded(model, weights, rec
     for _, (last, copy) in zip(kept[::2], kept[1::2], strict=True):
         assert torch.equal(last, copy)
     assert HELD in replays_of(on).why_not
+
+    unkept = compiled(model, cache="off")
+    for _ in range(2):
+        assert torch.equal(sample(unkept, **RUN), wants[0])
+    assert replays_of(unkept).replayed == {"double": 2, "single": 2}
+    assert {region.kept for region in compiled_blocks(unkept).regions} == {None}
 
     attention = on.clone()
     attention.set_model_attn1_output_patch(lambda attn, extra_options: attn * 0.5)
