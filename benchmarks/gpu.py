@@ -3,7 +3,7 @@
     python -m benchmarks.gpu [--json FILE] [--profile FOLDER]
     python -m benchmarks.gpu --start [--blocks DOUBLE SINGLE] [--rounds N] [--sides NAME ...] [--json FILE]
     python -m benchmarks.gpu --card 8 12 16 24 [--resident] [--json FILE]
-    python -m benchmarks.gpu --small [--shapes NAME ...] [--sizes N ...] [--json FILE]
+    python -m benchmarks.gpu --small [--shapes NAME ...] [--sizes N ...] [--sides NAME ...] [--json FILE]
 
 Needs ``COMFYUI_PATH``; ``devtools.trimmed`` gathers a small one, with wheels, for a machine without a network.
 """
@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.small import SIDES as SMALL_SIDES
 from benchmarks.small import measure_small
 from devtools import gpu_host
 from devtools.cli import positive, print_table, run_tool, write_json
@@ -100,7 +101,7 @@ def main(arguments: Sequence[str]) -> int:
     gpu_host.start(dynamic_vram=not given.resident)
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, CUDA {torch.version.cuda}")
     if given.small:
-        measure_small(given.json, given.shapes, given.sizes, given.hidden)
+        measure_small(given.json, given.shapes, given.sizes, given.sides or SMALL_SIDES, given.hidden)
         return 0
     ceilings = measure_ceilings()
     print(", ".join(f"{name} {value:.0f}" for name, value in ceilings.items()), flush=True)

@@ -24,9 +24,10 @@ TEXT_TOKENS = 512
 FORMAT = "fp8_e4m3_rowwise"
 ROWS = (
     ("klein", (5, 20), (512, 1024)),
-    ("dev", (19, 38), (256, 512, 1024)),
+    ("dev", (19, 38), (512, 256, 1024)),
 )
-ROUNDS = 2
+ROUNDS = 3
+SIDES = ("eager", "without", "auto")
 
 
 @dataclass
@@ -55,81 +56,81 @@ class Way:
         return median(self.steps)
 
 
-def measure_small(json: Path | None, names: Sequence[str], sizes: Sequence[int], hidden: int = 3072) -> list[Way]:
-    """All rows, or those of shapes ``names`` and ``sizes``; printed and written to ``json`` as they come."""
+def measure_small(
+    json: Path | None, names: Sequence[str], sizes: Sequence[int], sides: Sequence[str], hidden: int = 3072
+) -> list[Way]:
+    """All rows, or those of shapes ``names`` and ``sizes``, of the ways ``sides``; printed and written to ``json`` as
+    they come."""
     ways: list[Way] = []
     for shape, blocks, all_sizes in ROWS:
         chosen = [size for size in all_sizes if not sizes or size in sizes]
         if (names and shape not in names) or not chosen:
             continue
+        made = _sides(blocks, hidden)
         for size in chosen:
-            for models in _sides(blocks, hidden):
-                ways += _measure(shape, size, models)
-                _print(ways[-len(models) :], ways)
-                if json:
-                    numbers = [{**vars(way), "step": way.step} for way in ways]
-                    write_json(
-                        json, {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "ways": numbers}
-                    )
-        _MODELS.clear()
+            for models in made:
+                latents: dict[str, torch.Tensor] = {}
+                for name in [name for name in models if name.removeprefix("fp8 ") in sides]:
+                    ways.append(_measure(shape, size, name, models[name], latents))
+                    _print(ways[-1], ways)
+                    _write(json, ways)
+        del made, models
         gc.collect()
         torch.cuda.empty_cache()
     return ways
 
 
-_MODELS: dict[tuple[int, ...], list[dict[str, Any]]] = {}
-
-
 def _sides(blocks: tuple[int, int], hidden: int) -> list[dict[str, Any]]:
-    """For bf16 and for 8 bits, the MODELs by name; the first is what the others are compared with."""
-    if blocks not in _MODELS:
-        text_width = 4096 if hidden == 3072 else 64
-        plain = load(*blocks, torch.bfloat16, hidden=hidden, text_width=text_width, pooled_width=768)
-        small = quantize(plain, FORMAT)
-        sides = []
-        for name, model in (("", plain), ("fp8 ", small)):
-            always = compiled(model, cache="auto")
-            always.get_wrappers("apply_model", "hotpath_compile")[0].replays.always = True
-            models = {
-                "eager": model,
-                f"{name}without": compiled(model, cache="auto", cuda_graphs="off"),
-                f"{name}auto": compiled(model, cache="auto"),
-                f"{name}always": always,
-            }
-            if name:
-                del models["eager"]
-            sides.append(models)
-        _MODELS[blocks] = sides
-    return _MODELS[blocks]
+    """For bf16 and for 8 bits, the MODELs by name."""
+    text_width = 4096 if hidden == 3072 else 64
+    plain = load(*blocks, torch.bfloat16, hidden=hidden, text_width=text_width, pooled_width=768)
+    sides = []
+    for name, model in (("", plain), ("fp8 ", quantize(plain, FORMAT))):
+        always = compiled(model, cache="auto")
+        always.get_wrappers("apply_model", "hotpath_compile")[0].replays.always = True
+        models = {
+            f"{name}eager": model,
+            f"{name}without": compiled(model, cache="auto", cuda_graphs="off"),
+            f"{name}auto": compiled(model, cache="auto"),
+            f"{name}always": always,
+        }
+        if name:
+            # The host multiplies these slower than it does in bf16.
+            del models[f"{name}eager"]
+        sides.append(models)
+    return sides
 
 
-def _measure(shape: str, size: int, models: dict[str, Any]) -> list[Way]:
-    ways = [Way(shape, size, name) for name in models]
-    latents = []
-    for way, model in zip(ways, models.values(), strict=True):
-        _forget()
-        torch.cuda.reset_peak_memory_stats()
-        # The first step compiles, the second and third record.
-        latents.append(_sample(model, size, 4))
-        torch.cuda.reset_peak_memory_stats()
-        _sample(model, size, 2)
-        way.peak = torch.cuda.max_memory_allocated() / GIB
-        way.reserved = torch.cuda.max_memory_reserved() / GIB
-        free, total = torch.cuda.mem_get_info()
-        way.used = (total - free) / GIB
-        # What is recorded is compared with the same regions unrecorded, and those with eager.
-        base = latents[max(0, min(len(latents) - 1, len(models) - 2) - 1)]
-        way.difference = ((latents[-1] - base).norm() / base.norm()).item()
-        wrapper = model.get_wrappers("apply_model", "hotpath_compile")
-        if wrapper:
-            way.kept = wrapper[0].replays.bytes / GIB
-            way.summary = wrapper[0].summary()
-        way.issue = _issue(model, size)
-        way.kernels = _kernels(model, size)
-        count = 5 if size >= 1024 else 8
-        for _ in range(ROUNDS):
-            way.steps.append(_wall(model, size, count))
-    return ways
+def _write(json: Path | None, ways: Sequence[Way]) -> None:
+    if json:
+        numbers = [{**vars(way), "step": way.step} for way in ways]
+        write_json(json, {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "ways": numbers})
+
+
+def _measure(shape: str, size: int, name: str, model: Any, latents: dict[str, torch.Tensor]) -> Way:
+    way = Way(shape, size, name)
+    _forget()
+    # The first step compiles, the next ones record.
+    latents[name] = _sample(model, size, 5)
+    # What is recorded is compared with the same regions unrecorded, and those with eager.
+    base = next((latents[known] for known in latents if known.endswith("without") != name.endswith("without")), None)
+    if base is not None and name != "eager":
+        way.difference = ((latents[name] - base).norm() / base.norm()).item()
+    torch.cuda.reset_peak_memory_stats()
+    _sample(model, size, 2)
+    way.peak = torch.cuda.max_memory_allocated() / GIB
+    way.reserved = torch.cuda.max_memory_reserved() / GIB
+    free, total = torch.cuda.mem_get_info()
+    way.used = (total - free) / GIB
+    wrapper = model.get_wrappers("apply_model", "hotpath_compile")
+    if wrapper:
+        way.kept = wrapper[0].replays.bytes / GIB
+        way.summary = wrapper[0].summary()
+    way.issue = _issue(model, size)
+    way.kernels = _kernels(model, size)
+    count = 5 if size >= 1024 else 8
+    way.steps = [_wall(model, size, count) for _ in range(ROUNDS)]
+    return way
 
 
 def _forget() -> None:
@@ -189,14 +190,13 @@ def _kernels(model: Any, size: int) -> float:
     return (totals[1] - totals[0]) / 2 / 1e6
 
 
-def _print(some: Sequence[Way], ways: Sequence[Way]) -> None:
-    for way in some:
-        like = [known for known in ways if (known.shape, known.size) == (way.shape, way.size)]
-        eager = next(known for known in like if known.name == "eager")
-        print(
-            f"{way.shape:<6}{way.size:>5} {way.name:<12}{way.step:8.1f} ms{eager.step / way.step:6.2f}x"
-            f"{way.step / way.kernels:6.2f} of kernels {way.kernels:.1f}  issue {way.issue:.1f}  "
-            f"peak {way.peak:.2f} reserved {way.reserved:.2f} used {way.used:.2f} kept {way.kept:.2f} GiB  "
-            f"diff {way.difference:.1e}  {way.summary}",
-            flush=True,
-        )
+def _print(way: Way, ways: Sequence[Way]) -> None:
+    eager = [known.step for known in ways if (known.shape, known.size, known.name) == (way.shape, way.size, "eager")]
+    gain = f"{eager[0] / way.step:5.2f}x" if eager else ""
+    print(
+        f"{way.shape:<6}{way.size:>5} {way.name:<12}{way.step:7.1f} ms (least {min(way.steps):.1f}) {gain:>6} "
+        f"{way.step / way.kernels:5.2f} of kernels {way.kernels:.1f}  issue {way.issue:.1f}  "
+        f"peak {way.peak:.2f} reserved {way.reserved:.2f} used {way.used:.2f} kept {way.kept:.2f} GiB  "
+        f"diff {way.difference:.1e}  {way.summary}",
+        flush=True,
+    )
