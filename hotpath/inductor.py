@@ -9,6 +9,9 @@ from torch._inductor import config
 from torch._inductor.cpu_vec_isa import supported_vec_isa_list, valid_vec_isa_list
 from torch._inductor.exc import CppCompileError
 
+from .plain_forms import plain_forms
+
+_FIRST_PASS = "pre_grad_custom_pass"
 _TRUSTED = "cpp.vec_isa_ok"
 # What Inductor's instruction sets note of themselves when they are probed.
 _FOUND = ("_is_avx512_bf16_supported", "_is_amx_fp16_supported")
@@ -24,8 +27,8 @@ def region_options(mode: str, probe: bool) -> dict[str, Any]:
 
     Without ``probe`` nothing that is compiled with them has the C++ compiler probed; see ``trust_compiler``.
     """
-    chosen = {**torch._inductor.list_mode_options(mode), _LATE_VARIANTS: False, _CUDA_GRAPHS: False}
-    return {**chosen, **({} if probe else {_TRUSTED: True})}
+    always = {_LATE_VARIANTS: False, _CUDA_GRAPHS: False, _FIRST_PASS: plain_forms}
+    return {**torch._inductor.list_mode_options(mode), **always, **({} if probe else {_TRUSTED: True})}
 
 
 def trust_compiler() -> None:
