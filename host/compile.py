@@ -27,6 +27,7 @@ from ..hotpath.values import input_kinds
 from .accounting import CallAccount, block_name, routed, untouched
 from .artifacts import kept_region, unsupported
 from .boundary import GettingCode
+from .bypass import bypass_addition
 from .eager_steps import step_kind
 from .families import require_family, selected_blocks
 from .families.kinds import BlockKind
@@ -310,7 +311,7 @@ class CompiledBlocks(Ledger):
             except NotHoistable:
                 del self._plans[block]
         layer_for = plain_layers(block, fuses=self.settings.backend == "inductor")
-        plan = self._plans[block] = plan_block(block, layer_for, layer_states)
+        plan = self._plans[block] = plan_block(block, layer_for, layer_states, bypass_addition)
         return plan, plan.layers(block)
 
     def _plan(self, block: nn.Module) -> None:

@@ -192,7 +192,13 @@ def _large_enough(layer: Any, format: Format) -> bool:
 
 
 def _refuse_patched_objects(model: ModelPatcher) -> None:
-    """Raise ValueError for an object patch that is bound to the full-precision model and would bring it back."""
+    """Raise ValueError for what is bound to the full-precision model and would bring it back, or be lost."""
+    if model.injections:
+        named = ", ".join(model.injections)
+        raise ValueError(
+            f"model: what another node puts into the layers while the model samples ({named}, as a bypass LoRA) "
+            "belongs to the model as it was loaded. Put Quantize Repeated Blocks before that node."
+        )
     for name, patch in model.object_patches.items():
         if is_preference(patch):
             # By which a LoRA prefers an attention; it holds no weights.

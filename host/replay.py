@@ -21,6 +21,7 @@ from ..hotpath.attention import Attend
 from ..hotpath.cuda_graphs import CudaGraphs, Recorder
 from ..hotpath.recorded import Addresses, Graph, Recordings
 from ..hotpath.settings import CUDA_GRAPH_MODES, CompileSettings
+from .bypass import in_bypass
 from .places import Places
 from .weights import Layers
 
@@ -35,6 +36,7 @@ STREAMED = "its weights are streamed"
 CAST = "its weights are cast or copied to the device each time they are used"
 NOT_AHEAD = "PyTorch can't compile them ahead of time, so that nothing tells whether a recording still holds"
 FUNCTIONS = "LoRAs or other functions are applied to its weights each time they are used"
+BYPASS = "a LoRA is in bypass mode"
 
 
 def recorder_for(device: torch.device) -> Recorder | None:
@@ -214,6 +216,8 @@ def unsafe_weights(layers: Layers, device: torch.device) -> str | None:
         held: Any = layer.__dict__
         if held.get("weight_function") or held.get("bias_function"):
             return FUNCTIONS
+        if in_bypass(layer):
+            return BYPASS
         prefetch = held.get("_prefetch")
         if prefetch is not None:
             if prefetch["signature"] is None:

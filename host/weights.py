@@ -20,6 +20,7 @@ from torch.nn import LayerNorm, Linear, RMSNorm
 from ..hotpath.gelu import LogisticGelu
 from ..hotpath.template import NotHoistable, PlainLayer
 from ..hotpath.values import plain_tensor
+from .bypass import bypass_weights
 from .containers import HostsAttention, container_state, is_container, is_preference, preferred_attention
 from .quantized import (
     format_in_use,
@@ -119,6 +120,9 @@ def block_weights(layers: Layers, like: Tensor) -> dict[str, Tensor]:
     """
     weights = {}
     for path, layer, state in layers:
+        if "forward" in layer.__dict__:
+            path, added = bypass_weights(path, layer, like)
+            weights.update({name: plain_tensor(tensor) for name, tensor in added.items()})
         if state is not None and state != _CAST:
             tensors = quantized_weights(layer, state, like)
             weights.update({f"{path}.{name}": plain_tensor(tensor) for name, tensor in tensors.items()})

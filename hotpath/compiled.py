@@ -85,6 +85,12 @@ class Region:
         self._closure = {"template": template, "bind": bind}
         self._graphs: list[Graph] = []
         self._guard_failure = ""
+        # Dimensions of weights that differ from one set to the next.
+        self._varying = {
+            f"{path}.{name}": dims
+            for path, module in template.named_modules()
+            for name, dims in getattr(module, "dynamic_dims", {}).items()
+        }
 
     def _use(self, probe: bool) -> None:
         """Have graphs made with Inductor's options from now on, and forget those that Dynamo holds; see
@@ -195,16 +201,20 @@ class Region:
         graph = self.proven_graph(weights, inputs)
         if graph is not None:
             return graph(weights, inputs)
-        self._mark(inputs, dynamic_dims)
+        self._mark(weights, inputs, dynamic_dims)
         if self._has_run and self.settings.fullgraph:
             return self._compiled_before(weights, inputs)
         raise _Uncompiled
 
-    def _mark(self, inputs: dict[str, Any], dynamic_dims: Mapping[str, Sequence[int]]) -> None:
+    def _mark(
+        self, weights: dict[str, Tensor], inputs: dict[str, Any], dynamic_dims: Mapping[str, Sequence[int]]
+    ) -> None:
         # Newer PyTorch tells marked tensors from others, also in a graph that was compiled for either.
         if self.settings.dynamic != "never":
             for name, dims in dynamic_dims.items():
                 torch._dynamo.maybe_mark_dynamic(inputs[name], list(dims))
+            for name, dims in self._varying.items():
+                torch._dynamo.maybe_mark_dynamic(weights[name], list(dims))
         if self.settings.dynamic == "always":
             for tensor in tensors_in(inputs):
                 if tensor.ndim:

@@ -37,6 +37,21 @@ LayerStates = Callable[[type], "LayerState | None"]
 """The ``LayerState`` of a class of modules; None for one whose modules always compute alike."""
 
 
+class Addition(NamedTuple):
+    """What a ``forward`` that was put on a layer computes around the layer's own.
+
+    ``structure`` is equal for those that compute alike, and ``around(layer)`` is the plain layer with it, whose
+    ``dynamic_dims`` may name dimensions of its parameters that vary.
+    """
+
+    structure: Hashable
+    around: Callable[[nn.Module], nn.Module]
+
+
+Additions = Callable[[nn.Module], "Addition | None"]
+"""Understands the ``forward`` that was put on a layer; None for one that a template would ignore."""
+
+
 class Given:
     """A module's ``forward`` that hands out a result made elsewhere: a template takes that result as an input.
 
@@ -99,6 +114,7 @@ class _Place(NamedTuple):
     given: bool
     read_state: LayerState | None
     state: Hashable
+    added: Hashable
 
 
 @dataclass(frozen=True, eq=False)
@@ -114,6 +130,7 @@ class BlockPlan:
     given: tuple[str, ...]
     _layers: tuple[tuple[str, int, Hashable], ...] = field(repr=False)
     _places: tuple[_Place, ...] = field(repr=False)
+    _additions: Additions = field(repr=False)
 
     def layers(self, block: nn.Module) -> list[tuple[str, nn.Module, Hashable]]:
         """The layers of ``block`` that hold weights: path, layer, and its state as planned.
@@ -122,14 +139,18 @@ class BlockPlan:
             NotHoistable: something was bolted onto the block, or swapped in it, since it was planned.
         """
         modules: list[nn.Module] = []
-        for path, parent, name, known, kind, children, given, read_state, state in self._places:
+        for path, parent, name, known, kind, children, given, read_state, state, added in self._places:
             module = modules[parent]._modules.get(name) if modules else block
             if module is None or module is not known() or type(module) is not kind:
                 raise NotHoistable(f"{path or 'the block'} was replaced")
             # Asked before each call of a block, so that what is as ever takes no call.
             overridden = "forward" in module.__dict__
             if overridden or module._forward_hooks or module._forward_pre_hooks:
-                refuse_bolted_on(path, module)
+                addition = _addition(path, module, self._additions)
+                if (addition and addition.structure) != added:
+                    raise NotHoistable(f"{path or 'the block'} computes in another way now")
+            elif added is not None:
+                raise NotHoistable(f"{path or 'the block'} computes in another way now")
             if len(module._modules) != children:
                 raise NotHoistable(f"{path or 'the block'} has other submodules")
             if (overridden and _is_given(module)) != given or (read_state is not None and read_state(module) != state):
@@ -145,13 +166,33 @@ def own_state(module: nn.Module) -> dict[str, Any]:
 
 def refuse_bolted_on(path: str, module: nn.Module) -> None:
     """Raise NotHoistable for a forward hook or an overridden ``forward``: a template would ignore either."""
+    _addition(path, module, lambda module: None)
+
+
+def is_class_forward(module: nn.Module, forward: Any) -> bool:
+    """Whether ``forward`` is the one that the class of ``module`` has; what puts another there and takes it back leaves
+    the class's as an attribute."""
+    return getattr(forward, "__self__", None) is module and forward.__func__ is type(module).forward
+
+
+def _addition(path: str, module: nn.Module, additions: Additions) -> Addition | None:
     if module._forward_hooks or module._forward_pre_hooks:
         raise NotHoistable(f"{path or 'the block'} ({type(module).__name__}) has a forward hook")
-    if "forward" in module.__dict__ and not isinstance(module.__dict__["forward"], (Given, Around)):
+    forward = module.__dict__.get("forward")
+    if forward is None or isinstance(forward, (Given, Around)) or is_class_forward(module, forward):
+        return None
+    addition = additions(module)
+    if addition is None:
         raise NotHoistable(f"{path or 'the block'} ({type(module).__name__}) has an overridden forward")
+    return addition
 
 
-def plan_block(block: nn.Module, plain_layer: PlainLayer, layer_states: LayerStates = lambda kind: None) -> BlockPlan:
+def plan_block(
+    block: nn.Module,
+    plain_layer: PlainLayer,
+    layer_states: LayerStates = lambda kind: None,
+    additions: Additions = lambda module: None,
+) -> BlockPlan:
     """Build the template of ``block`` from its structure, without reading or copying a weight.
 
     Raises:
@@ -163,24 +204,28 @@ def plan_block(block: nn.Module, plain_layer: PlainLayer, layer_states: LayerSta
     key: list[Hashable] = []
 
     def copy(path: str, parent: int, module: nn.Module) -> nn.Module:
-        refuse_bolted_on(path, module)
+        addition = _addition(path, module, additions)
+        added = addition and addition.structure
         here = len(places)
         name = path.rpartition(".")[2]
         children = len(module._modules)
         given = _is_given(module)
         read_state = layer_states(type(module))
         state = None if read_state is None else read_state(module)
-        places.append(_Place(path, parent, name, weakref.ref(module), type(module), children, given, read_state, state))
+        known = weakref.ref(module)
+        places.append(_Place(path, parent, name, known, type(module), children, given, read_state, state, added))
         if given:
             key.append((path, Given))
             return _GivenLayer(path)
         plain = plain_layer(module)
         if plain is not None:
+            if addition is not None:
+                plain = addition.around(plain)
             if any(True for _ in plain.parameters()):
                 layers.append((path, here, state))
             key.append((path, type(plain), plain.extra_repr()))
             return plain
-        if module._parameters or module._buffers:
+        if addition is not None or module._parameters or module._buffers:
             raise NotHoistable(f"{path or 'the block'} ({type(module).__name__}) holds weights outside a known layer")
         values = own_state(module)
         for name, value in values.items():
@@ -198,7 +243,7 @@ def plan_block(block: nn.Module, plain_layer: PlainLayer, layer_states: LayerSta
     template = copy("", 0, block).eval().requires_grad_(False)
     number = _structures.setdefault(tuple(key), len(_structures))
     given = tuple(place.path for place in places if place.given)
-    return BlockPlan(template, number, given, tuple(layers), tuple(places))
+    return BlockPlan(template, number, given, tuple(layers), tuple(places), additions)
 
 
 def _is_given(module: nn.Module) -> bool:
