@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 _OF_THE_USER = ("models", "input", "output", "user", "temp", "custom_nodes")
 
@@ -92,7 +93,7 @@ def modulated_norm(x, norm, scale, shift, modulation_dims=None):
 """
 
 # Pattern, what takes its place, and how often it is there.
-_EDITS = {
+_EDITS: dict[str, list[tuple[str, Any, int]]] = {
     "comfy/ldm/modules/attention.py": [
         (r"\ndef wrap_attn\(func\):\n(?:[ ]+.*\n|\n)+", lambda found: _ATTENTION_TYPES, 1),
     ],

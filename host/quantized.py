@@ -213,7 +213,8 @@ def quantized_weights(layer: Any, state: Hashable, like: Tensor) -> dict[str, Te
     Raises:
         NotHoistable: the host would not keep the weight quantized for activations of ``like``'s dtype.
     """
-    opaque = isinstance(state, tuple)
+    facts = state[1] if isinstance(state, tuple) else None
+    opaque = facts is not None
     weight_only = not opaque and state != layer.quant_format
     if weight_only or layer.quant_format == _INT8 or (opaque and not _quantizes_input(layer)):
         weight, bias = comfy.ops.cast_bias_weight(
@@ -229,7 +230,7 @@ def quantized_weights(layer: Any, state: Hashable, like: Tensor) -> dict[str, Te
     if not isinstance(weight, comfy.quant_ops.QuantizedTensor):
         raise NotHoistable(f"a layer is kept in {layer.quant_format} and used in {like.dtype}")
     if opaque:
-        if opaque_facts(weight) != state[1]:
+        if opaque_facts(weight) != facts:
             raise NotHoistable(f"a layer is kept in {layer.quant_format} and brought in another form of it")
         tensors = {**opaque_tensors(weight), "bias": bias}
         if _quantizes_input(layer):

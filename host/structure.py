@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
+from typing import Any
 
 import comfy.ops
 import torch
@@ -17,7 +18,10 @@ from .weights import layer_states, plain_layers
 log = logging.getLogger(__name__)
 
 # As small as they can be, and without weights.
-_SMALL = {"double": dict(hidden_size=64, num_heads=2, mlp_ratio=2.0), "single": dict(hidden_size=64, num_heads=2)}
+_SMALL: dict[str, dict[str, Any]] = {
+    "double": dict(hidden_size=64, num_heads=2, mlp_ratio=2.0),
+    "single": dict(hidden_size=64, num_heads=2),
+}
 
 
 @functools.cache
@@ -25,7 +29,7 @@ def unknown_structure() -> str:
     """Why a kind of Flux blocks of this ComfyUI can't be compiled, in a sentence for log and node; else empty."""
     for kind in FLUX.kinds:
         try:
-            meta = dict(device="meta", dtype=torch.float32, operations=comfy.ops.manual_cast)
+            meta: dict[str, Any] = dict(device="meta", dtype=torch.float32, operations=comfy.ops.manual_cast)
             block = kind.block(**_SMALL[kind.name], **meta)
             if not {kind.activation, "transformer_options"} <= set(kind.parameters):
                 raise NotHoistable(f"{kind.block.__name__} takes other arguments")
