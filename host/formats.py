@@ -14,10 +14,12 @@ from comfy.quant_ops import QuantizedLayout, QuantizedTensor
 from comfy_kitchen.tensor.base import BaseLayoutParams, dequantize_args
 from torch import Tensor
 
+from ..hotpath.int4 import GROUP, dequantized_groups, int4_groups
 from ..hotpath.rowwise import FP8, dequantized_rows, fp8_product, fp8_rows, fp8_scales, int8_rows
 
 FP8_ROWWISE = "HotPathFP8RowwiseLayout"
 INT8_WEIGHT_ONLY = "HotPathInt8WeightOnlyLayout"
+INT4_WEIGHT_ONLY = "HotPathInt4WeightOnlyLayout"
 # As much of a name that can't be read as an error repeats.
 _QUOTED = 40
 # Values of a weight that are quantized at once.
@@ -67,12 +69,30 @@ class Int8WeightOnlyLayout(_RowwiseLayout):
     @classmethod
     def quantize(cls, tensor: Tensor, stochastic_rounding: int = 0, **options: Any) -> tuple[Tensor, Any]:
         """As ``FP8RowwiseLayout.quantize``."""
-        noise = None
-        if stochastic_rounding:
-            generator = torch.Generator(device=tensor.device).manual_seed(stochastic_rounding)
-            noise = torch.rand(tensor.shape, device=tensor.device, generator=generator)
-        data, scales = int8_rows(tensor.float(), noise)
+        data, scales = int8_rows(tensor.float(), _noise(tensor, stochastic_rounding))
         return data, cls.Params(scale=scales, orig_dtype=tensor.dtype, orig_shape=tuple(tensor.shape))
+
+
+class Int4WeightOnlyLayout(_RowwiseLayout):
+    """``hotpath.int4``: two values a byte, and a float16 scale for each ``GROUP`` of them."""
+
+    @classmethod
+    def quantize(cls, tensor: Tensor, stochastic_rounding: int = 0, **options: Any) -> tuple[Tensor, Any]:
+        """As ``FP8RowwiseLayout.quantize``."""
+        data, scales = int4_groups(tensor, _noise(tensor, stochastic_rounding))
+        return data, cls.Params(scale=scales, orig_dtype=tensor.dtype, orig_shape=tuple(tensor.shape))
+
+    @classmethod
+    def dequantize(cls, qdata: Tensor, params: Any) -> Tensor:
+        return dequantized_groups(qdata, params.scale, params.orig_dtype)
+
+
+def _noise(tensor: Tensor, seed: int) -> Tensor | None:
+    """Uniform numbers of [0, 1) as many as ``tensor`` has; None for the seed 0."""
+    if not seed:
+        return None
+    generator = torch.Generator(device=tensor.device).manual_seed(seed)
+    return torch.rand(tensor.shape, device=tensor.device, generator=generator)
 
 
 @comfy.quant_ops.register_layout_op(torch.ops.aten.linear.default, FP8RowwiseLayout)
@@ -85,6 +105,7 @@ def _fp8_linear(first: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Te
 
 comfy.quant_ops.register_layout_class(FP8_ROWWISE, FP8RowwiseLayout)
 comfy.quant_ops.register_layout_class(INT8_WEIGHT_ONLY, Int8WeightOnlyLayout)
+comfy.quant_ops.register_layout_class(INT4_WEIGHT_ONLY, Int4WeightOnlyLayout)
 
 
 @dataclass(frozen=True)
@@ -194,6 +215,17 @@ class Int8WeightOnly(Format):
         return None if self.host_name in comfy.quant_ops.QUANT_ALGOS else _NEWER_COMFYUI
 
 
+class Int4WeightOnly(Format):
+    """``int4_weight_only``: a scale for each 64 values, levels closer the smaller they are; products in full precision.
+    0.27 of bf16, modulation included.
+
+    Source: ``hotpath.int4``.
+    """
+
+    def peak_bytes(self, weight: Tensor) -> int:
+        return super().peak_bytes(weight) + min(AT_ONCE, weight.numel()) * 4 * 6
+
+
 class NvFp4(Format):
     """``nvfp4``: 4-bit e2m1 with an fp8 scale for each 16 values along a row and one for the weight; 0.28 of bf16.
 
@@ -233,6 +265,7 @@ FORMATS: Mapping[str, Format] = {
         Fp8Rowwise("fp8_e4m3_rowwise", "fp8_e4m3_rowwise", FP8_ROWWISE, multiple=16, smallest=256),
         Fp8("fp8_e4m3", *_FP8, multiple=16, smallest=256),
         Int8WeightOnly("int8_weight_only", "int8_tensorwise", INT8_WEIGHT_ONLY, weight_only=True),
+        Int4WeightOnly("int4_weight_only", "int4_weight_only", INT4_WEIGHT_ONLY, weight_only=True, multiple=GROUP),
         NvFp4("nvfp4", "nvfp4", "TensorCoreNVFP4Layout", multiple=32, smallest=256, by_rows=False),
         MxFp8("mxfp8", "mxfp8", "TensorCoreMXFP8Layout", multiple=32, smallest=256, by_rows=False),
     )

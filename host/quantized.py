@@ -15,9 +15,10 @@ import torch
 from comfy_kitchen.backends.eager import quantization as kitchen
 from torch import Tensor, nn
 
+from ..hotpath.int4 import dequantized_groups
 from ..hotpath.rowwise import FP8, computed_once, dequantized_rows, fp8_product, fp8_rows, fp8_scales, int8_rows
 from ..hotpath.template import NotHoistable
-from .formats import FP8_ROWWISE, INT8_WEIGHT_ONLY
+from .formats import FP8_ROWWISE, INT4_WEIGHT_ONLY, INT8_WEIGHT_ONLY
 from .quantized_opaque import OpaqueLinear, can_be_opaque, opaque_facts, opaque_tensors
 
 _FP8 = {"float8_e4m3fn": torch.float8_e4m3fn, "float8_e5m2": torch.float8_e5m2}
@@ -160,6 +161,19 @@ class WeightOnlyLinear(_Quantized):
         return nn.functional.linear(x, weight, self.bias)
 
 
+class Int4WeightOnlyLinear(_Quantized):
+    """``hotpath.int4``: ``weight`` (out, in / 2) uint8, ``weight_scale`` float16; the product in the dtype of ``x``."""
+
+    def __init__(self, layer: Any) -> None:
+        super().__init__(layer, torch.uint8)
+        self._parameter("weight", layer.weight._qdata.shape, torch.uint8)
+        self._parameter("weight_scale", layer.weight.params.scale.shape, torch.float16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., in) -> (..., out) in the dtype of ``x``."""
+        return nn.functional.linear(x, dequantized_groups(self.weight, self.weight_scale, x.dtype), self.bias)
+
+
 def format_in_use(layer: Any) -> str | None:
     """What a mixed precision Linear computes with now, which the host decides at each call: the format that it
     multiplies in, that format and ``weights`` where it multiplies by the dequantized weight, or None for a weight that
@@ -170,7 +184,7 @@ def format_in_use(layer: Any) -> str | None:
     if not layer._full_precision_mm and not getattr(layer, "comfy_force_cast_weights", False):
         return layer.quant_format
     patched = any(getattr(layer, f"{name}_lowvram_function", None) for name in ("weight", "bias"))
-    plain = layer.quant_format in _FP8 or layer.layout_type == INT8_WEIGHT_ONLY
+    plain = layer.quant_format in _FP8 or layer.layout_type in (INT8_WEIGHT_ONLY, INT4_WEIGHT_ONLY)
     return f"{layer.quant_format} weights" if plain and not patched else None
 
 
@@ -187,7 +201,7 @@ def quantized_layer(layer: Any) -> nn.Module:
         NotHoistable: the host keeps the format in another way than all that there are.
     """
     if format_in_use(layer) != layer.quant_format:
-        return WeightOnlyLinear(layer)
+        return Int4WeightOnlyLinear(layer) if layer.layout_type == INT4_WEIGHT_ONLY else WeightOnlyLinear(layer)
     if layer.quant_format in _FP8:
         return Fp8Linear(layer)
     if layer.quant_format == _INT8:

@@ -18,7 +18,9 @@ from test_counts import in_low_vram
 SMALL = dict(width=32, height=32, tokens=4, steps=1)
 RUNNABLE = node_formats()[1:]
 # dB of one step against full precision that these lively weights reach; those of a whole Flux are below.
-SNR = {"int8_dynamic": 38, "int8_weight_only": 44, "fp8_e4m3_rowwise": 26, "fp8_e4m3": 26}
+SNR = {"int8_dynamic": 38, "int8_weight_only": 44, "fp8_e4m3_rowwise": 26, "fp8_e4m3": 26, "int4_weight_only": 19}
+# What the host's own loader doesn't know.
+NOT_IN_FILES = ("fp8_e4m3_rowwise", "int4_weight_only")
 
 
 @pytest.fixture(autouse=True)
@@ -55,7 +57,8 @@ def test_generated_code_is_nearer_to_eager_than_quantization_is_to_full_precisio
 def test_a_step_of_a_whole_flux_is_near_full_precision(format):
     flux = load(checkpoints.normal(checkpoints.flux1()))
     run = dict(width=128, height=128, steps=1)
-    assert snr(sample(flux, **run), sample(quantized(flux, format), **run)) >= (55 if "int8" in format else 45)
+    least = 55 if "int8" in format else 45 if "fp8" in format else 36
+    assert snr(sample(flux, **run), sample(quantized(flux, format), **run)) >= least
 
 
 def test_a_scale_for_each_row_stands_large_rows_better():
@@ -174,7 +177,7 @@ def test_layers_too_small_to_gain(flux_weights):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (dict(format="int4"), f"format: 'int4' is unknown. Choose one of {RUNNABLE[0]}"),
+        (dict(format="int3"), f"format: 'int3' is unknown. Choose one of {RUNNABLE[0]}"),
         (dict(format="nvfp4"), rf"nvfp4 needs an NVIDIA GPU of compute capability 10.0 .* can run {RUNNABLE[0]}"),
         (dict(skip="img_mpl.2"), "skip: img_mpl.2 fits no layer.*img_attn.qkv"),
         (dict(skip="*"), "nothing is left to quantize"),
@@ -231,7 +234,7 @@ def test_interrupted_and_tried_again(flux, monkeypatch):
 def test_a_saved_checkpoint_loads_in_a_plain_host(flux, format):
     model = quantized(flux, format)
     saved = model.model.diffusion_model.state_dict()
-    if format == "fp8_e4m3_rowwise":
+    if format in NOT_IN_FILES:
         with pytest.raises(KeyError, match=format), torch.inference_mode():
             load(saved, dtype=torch.float32)
         return
@@ -258,7 +261,8 @@ def test_memory_of_blocks_of_full_width(full_width, format):
     with torch.inference_mode():
         done = host_quantize._quantize(full_width, formats, counts, Texts()).done
     # A power of two for each 32 values is a thirty-second more.
-    assert done.bytes_after / done.bytes_before <= {"nvfp4": 0.35, "mxfp8": 0.5125}.get(format, 0.51)
+    most = {"nvfp4": 0.35, "mxfp8": 0.5125, "int4_weight_only": 0.27}
+    assert done.bytes_after / done.bytes_before <= most.get(format, 0.51)
 
 
 def test_a_second_copy_of_the_model_is_quantized_too(flux_weights, tmp_path):
@@ -282,6 +286,6 @@ def test_the_node_offers_what_runs_here_and_validates_the_rest():
 @pytest.mark.parametrize("make", ["flux2", "chroma"])
 def test_other_models(make):
     model = load(getattr(checkpoints, make)())
-    small = quantized(model, RUNNABLE[-1])
+    small = quantized(model, next(format for format in reversed(RUNNABLE) if "int4" not in format))
     assert_parity(small, compiled(small, backend="eager"), **SMALL)
     assert snr(sample(model, **SMALL), sample(small, **SMALL)) > 20
