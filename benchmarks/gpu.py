@@ -29,6 +29,7 @@ from devtools.gpu_host import (
     compiled,
     compiled_per_block,
     load,
+    load_gguf,
     milliseconds,
     offload,
     predict_streaming,
@@ -52,7 +53,8 @@ ROUNDS = 2
 class Side:
     """One way to run the model. Times of ``steps`` are in milliseconds, memory is of CUDA's allocator in GiB.
 
-    ``image_seconds``: of sampling ``IMAGE_STEPS`` steps on the clock, when all is compiled.
+    ``difference`` is from the side named ``like``, else from the first. ``image_seconds``: of sampling ``IMAGE_STEPS``
+    steps on the clock, when all is compiled.
     """
 
     name: str
@@ -63,6 +65,7 @@ class Side:
     peak_while_compiling: float = 0.0
     peak_steady: float = 0.0
     difference: float = 0.0
+    like: str = ""
     moves: bool = False
     streamed_gib: float = 0.0
     predicted_ms: float = 0.0
@@ -76,6 +79,7 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--hidden", type=positive, default=3072, metavar="N")
     parser.add_argument("--resident", action="store_true", help="without the host's dynamic VRAM")
     parser.add_argument("--formats", nargs="*", default=(), metavar="NAME", help="also quantized to these")
+    parser.add_argument("--gguf", nargs="*", default=(), metavar="TYPE", help="also as GGUF files of these types")
     parser.add_argument("--shares", type=int, nargs="*", default=(), metavar="PERCENT", help="also offloaded to these")
     parser.add_argument("--sides", nargs="+", metavar="NAME", help="only these")
     parser.add_argument("--profile", type=Path, metavar="FOLDER", help="also write each side's kernels there")
@@ -107,7 +111,7 @@ def main(arguments: Sequence[str]) -> int:
     print(", ".join(f"{name} {value:.0f}" for name, value in ceilings.items()), flush=True)
     sides = [
         side
-        for side in make_sides(given.blocks or BLOCKS, given.hidden, given.formats, given.shares)
+        for side in make_sides(given.blocks or BLOCKS, given.hidden, given.formats, given.shares, given.gguf)
         if given.sides is None or side.name in given.sides
     ]
     measure(sides, ceilings["host to device GB/s"] * 1e6)
@@ -143,9 +147,11 @@ def measure_starts(blocks: tuple[int, int], rounds: int, names: Sequence[str] | 
     return 0
 
 
-def make_sides(blocks: Sequence[int], hidden: int, formats: Sequence[str], shares: Sequence[int]) -> list[Side]:
+def make_sides(
+    blocks: Sequence[int], hidden: int, formats: Sequence[str], shares: Sequence[int], gguf: Sequence[str] = ()
+) -> list[Side]:
     """The same weights eager and compiled in each way, quantized, and offloaded to shares of the model in percent;
-    other ways work without dynamic VRAM alone."""
+    other weights of GGUF's types, each ``like`` its own eager side; other ways work without dynamic VRAM alone."""
     from comfy_extras.nodes_torch_compile import TorchCompileModel
 
     double, single = blocks
@@ -162,6 +168,10 @@ def make_sides(blocks: Sequence[int], hidden: int, formats: Sequence[str], share
         small = quantize(eager, format)
         print(f"{format}: quantized in {time.perf_counter() - started:.1f} s", flush=True)
         sides += [Side(format, small), Side(f"{format} ours", compiled(small))]
+    for kind in gguf:
+        packed = load_gguf(double, single, kind, hidden=hidden, text_width=text_width, pooled_width=768)
+        sides += [Side(kind, packed), Side(f"{kind} ours", compiled(packed), like=kind)]
+        sides.append(Side(f"{kind} per block", compiled_per_block(packed), like=kind))
     for share in shares:
         for ahead in (1, 0):
             lean = offload(eager, budget=f"{share} %", prefetch_blocks=ahead)
@@ -181,7 +191,7 @@ def measure(sides: Sequence[Side], bandwidth: float) -> None:
     """Run the sides in turns; ``bandwidth`` of the bus in bytes a millisecond."""
     from hotpath_pack.hotpath.counters import graphs_so_far
 
-    want, _ = run(sides[0].model, 1)
+    wanted: dict[str, Tensor] = {"": run(sides[0].model, 1)[0]}
     for side in sides:
         if not side.moves:
             run(sides[0].model, 1)
@@ -192,6 +202,8 @@ def measure(sides: Sequence[Side], bandwidth: float) -> None:
         side.cold_seconds = time.perf_counter() - started
         side.peak_while_compiling = torch.cuda.max_memory_allocated() / GIB
         side.graphs = graphs_so_far() - graphs
+        want = wanted.get(side.like, wanted[""])
+        wanted[side.name] = latent
         side.difference = ((latent - want).norm() / want.norm()).item()
         print(f"{side.name}: first step {side.cold_seconds:.1f} s, {side.graphs} graphs", flush=True)
         if side.moves:

@@ -80,6 +80,18 @@ def load(
     return model
 
 
+def load_gguf(double: int, single: int, kind: str, **shape: Any) -> Any:
+    """A MODEL of a Flux.1 whose blocks' matrices are random ones of ``kind``, a type of ggml, as a GGUF file's."""
+    from . import gguf_pack
+
+    # In bf16 as the other models, though of it all but the matrices is kept in float32.
+    weights = flux1(double, single, dtype=torch.bfloat16, device="cuda", **shape)
+    with torch.inference_mode():
+        model = gguf_pack.load(weights, lambda name: kind, compute=torch.bfloat16)
+    torch.cuda.empty_cache()
+    return model
+
+
 def compiled(model: Any, cache: str = "off", cuda_graphs: str = "auto", **settings: Any) -> Any:
     """``model`` as Compile Repeated Blocks with ``settings`` returns it; what can't be compiled is an error."""
     from hotpath_pack.host.compile import compile_repeated_blocks

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from ..hotpath.ahead import Table, content_key
 from ..hotpath.template import Given, NotHoistable, refuse_bolted_on
 from .families import family_of, named_modulations
+from .gguf import is_gguf_layer
 from .models import to_device, why_untouched
 from .progress import PartText
 from .weights import refuse_replaced_forward
@@ -277,7 +278,8 @@ def _foresee(model: BaseModel, t: Tensor, sigmas: Tensor | None, conds: Mapping[
 def _resident(layer: Any, key: str, patcher: ModelPatcher, device: torch.device) -> Iterator[None]:
     """Let ``layer`` compute as if the host had put it on ``device`` whole, for as long as the scope lasts."""
     dynamic = "_v" in layer.__dict__
-    if not dynamic and not hasattr(layer, "prev_comfy_cast_weights"):
+    # A GGUF layer does so wherever it is.
+    if is_gguf_layer(type(layer)) or (not dynamic and not hasattr(layer, "prev_comfy_cast_weights")):
         yield
         return
     parameters, attributes = dict(layer._parameters), dict(layer.__dict__)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import comfy.model_management
@@ -14,6 +14,7 @@ from comfy.patcher_extension import CallbacksMP, WrappersMP
 from ..hotpath.stream import resident_blocks
 from . import dynamic_vram
 from .families import require_family
+from .gguf import is_gguf_patcher, patch_left_out
 from .models import require_model
 from .modulation import ModulationAhead, modulation_layers
 from .progress import NodeText, PartText
@@ -70,8 +71,7 @@ def offload_repeated_blocks(model: ModelPatcher, settings: OffloadSettings, text
     for callback in (CallbacksMP.ON_PRE_RUN, CallbacksMP.ON_DETACH, CallbacksMP.ON_CLEANUP):
         offloaded.remove_callbacks_with_key(callback, KEY)
     offloaded.remove_attachments(KEY)
-    if type(offloaded) is LeavesOut:
-        offloaded.__class__ = ModelPatcher
+    offloaded.__class__ = _loads_all(type(offloaded))
     parts: dict[str, str] = {}
     ahead = settings.modulation == "ahead"
     streamed = StreamedBlocks(PartText(text.node_id, "blocks", parts, text), settings.prefetch_blocks, ahead)
@@ -93,14 +93,26 @@ def offload_repeated_blocks(model: ModelPatcher, settings: OffloadSettings, text
         limit = partial(dynamic_vram.limit, Budget.parse(settings.budget))
         offloaded.add_callback_with_key(CallbacksMP.ON_PRE_RUN, KEY, limit)
         return offloaded
-    if type(offloaded) is not ModelPatcher:
+    if type(offloaded) is not ModelPatcher and not is_gguf_patcher(type(offloaded)):
         raise ValueError(
             f"model: {class_name(type(offloaded))} of another pack manages its memory. Load the model with ComfyUI's "
             "own loader, or remove this node."
         )
     offloaded.set_attachments(KEY, settings)
-    offloaded.__class__ = LeavesOut
+    kind: Any = type(offloaded)
+    offloaded.__class__ = _leaves_out(kind)
     return offloaded
+
+
+def _loads_all(kind: type[ModelPatcher]) -> type[ModelPatcher]:
+    """The class of a MODEL that was of ``kind`` before it left out anything."""
+    return next(base for base in kind.__mro__ if not issubclass(base, LeavesOut))
+
+
+@cache
+def _leaves_out(kind: Any) -> type[LeavesOut]:
+    """``LeavesOut`` for MODELs of ``kind``."""
+    return LeavesOut if kind is ModelPatcher else type(LeavesOut.__name__, (LeavesOut, kind), {})
 
 
 class LeavesOut(ModelPatcher):
@@ -116,6 +128,8 @@ class LeavesOut(ModelPatcher):
     def clone(self, *args: Any, **kwargs: Any) -> ModelPatcher:
         """The host's, whose size is not to be made smaller once more."""
         clone = super().clone(*args, **kwargs)
+        # GGUF's gives its own class.
+        clone.__class__ = type(self)
         clone.size = 0
         return clone
 
@@ -142,9 +156,7 @@ class LeavesOut(ModelPatcher):
         rest = self._choose(_EVERYTHING if full_load else lowvram_model_memory)
         self._unload_left_out()
         layers = self._left_out()
-        if self._settings.pin_memory:
-            self._pin()
-        super().load(device_to, rest, force_patch_weights, full_load=False)
+        super().load(device_to, lowvram_model_memory=rest, force_patch_weights=force_patch_weights, full_load=False)
         for layer in layers.values():
             layer.comfy_force_cast_weights = self.force_cast_weights
             if not hasattr(layer, "prev_comfy_cast_weights"):
@@ -152,6 +164,11 @@ class LeavesOut(ModelPatcher):
                 layer.comfy_patched_weights = True
                 self.model.model_loaded_weight_memory += comfy.model_management.module_size(layer)
         self._unload_left_out()
+        for path, layer in layers.items():
+            patch_left_out(self, path, layer)
+        # Not before: what GGUF's load moves once, to leave the file, would no longer be what is pinned.
+        if self._settings.pin_memory:
+            self._pin()
         # So that the host loads the layers for a clone that wants them.
         self.model.model_lowvram = True
 

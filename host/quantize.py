@@ -23,6 +23,7 @@ from ..hotpath.template import NotHoistable, own_state, refuse_bolted_on
 from .containers import is_preference
 from .families import named_blocks, named_modulations, require_family
 from .formats import VECTOR_FORMAT, Format, require_format
+from .gguf import gguf_type, is_gguf_layer
 from .models import require_model
 from .progress import NodeText
 from .weights import class_name, plain_layer
@@ -139,7 +140,7 @@ def choose(diffusion_model: nn.Module, wanted: Format, skip: str) -> tuple[dict[
             full = f"{prefix}.{name}"
             fits = {pattern for pattern in patterns if fnmatchcase(name, pattern) or fnmatchcase(full, pattern)}
             unused -= fits
-            format = VECTOR_FORMAT if name in vector else wanted
+            format = VECTOR_FORMAT if name in vector and not wanted.weight_only else wanted
             if fits:
                 counts["left alone as asked"] += 1
             elif not _large_enough(layer, format):
@@ -175,6 +176,11 @@ def _linears(prefix: str, block: nn.Module) -> Iterator[tuple[str, Any]]:
                 f"model: {prefix}.{name} can't be quantized: {reason}. Load the full-precision model with ComfyUI's "
                 "own loader, or bypass this node."
             ) from None
+        if is_gguf_layer(type(module)):
+            raise ValueError(
+                f"model: it is of a GGUF file ({prefix}.{name} is {gguf_type(module.weight)}), which is quantized "
+                "already. Load the full-precision model with ComfyUI's own loader, or bypass this node."
+            )
         weight = getattr(module, "weight", None)
         if isinstance(weight, QuantizedTensor) or (weight is not None and weight.dtype not in _FLOATS):
             kept = getattr(module, "quant_format", None) or str(weight.dtype).removeprefix("torch.")

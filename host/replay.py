@@ -22,6 +22,7 @@ from ..hotpath.cuda_graphs import CudaGraphs, Recorder
 from ..hotpath.recorded import Addresses, Graph, Recordings
 from ..hotpath.settings import CUDA_GRAPH_MODES, CompileSettings
 from .bypass import in_bypass
+from .gguf import FINISHED
 from .places import Places
 from .weights import Layers
 
@@ -212,9 +213,9 @@ class Replays:
 
 def unsafe_weights(layers: Layers, device: torch.device) -> str | None:
     """Why the weights of ``layers``, in use on ``device``, will not stay where they are; None if they will."""
-    for _, layer, _ in layers:
+    for _, layer, state in layers:
         held: Any = layer.__dict__
-        if held.get("weight_function") or held.get("bias_function"):
+        if state == FINISHED or held.get("weight_function") or held.get("bias_function"):
             return FUNCTIONS
         if in_bypass(layer):
             return BYPASS

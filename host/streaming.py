@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from ..hotpath.stream import ALIGNMENT, Stream, copy_engine
 from ..hotpath.template import Around
 from .families import named_blocks, named_modulations
+from .gguf import moved, plain, take_patches
 from .models import why_untouched
 from .progress import PartText
 
@@ -94,7 +95,7 @@ def _tensors(parameter: Tensor) -> list[Tensor]:
     if isinstance(parameter, QuantizedTensor):
         names, _ = parameter.__tensor_flatten__()
         return [getattr(parameter, name) for name in names]
-    return [parameter.data]
+    return [plain(parameter.data)]
 
 
 def _pieces(layers: Sequence[Any]) -> tuple[list[_Piece], int]:
@@ -137,6 +138,8 @@ def _within(buffer: Tensor, piece: _Piece) -> nn.Parameter:
         with torch.inference_mode():
             value = type(piece.parameter).__tensor_unflatten__(inner, context, shape, stride)
             return nn.Parameter(value, requires_grad=False)
+    if type(piece.parameter) is not nn.Parameter:
+        return moved(piece.parameter, value)
     return nn.Parameter(value, requires_grad=False)
 
 
@@ -384,6 +387,7 @@ class _Run:
             swapped = self._in_slot(index, slot)
             try:
                 for piece, parameter in swapped:
+                    take_patches(parameter, piece.parameter)
                     piece.layer._parameters[piece.name] = parameter
                 yield
             finally:

@@ -22,6 +22,7 @@ from ..hotpath.template import NotHoistable, PlainLayer
 from ..hotpath.values import plain_tensor
 from .bypass import bypass_weights
 from .containers import HostsAttention, container_state, is_container, is_preference, preferred_attention
+from .gguf import Gguf, gguf_linear, gguf_state, gguf_weights, is_gguf_layer, plain, refuse_unknown_form
 from .quantized import (
     format_in_use,
     quantized_layer,
@@ -59,7 +60,12 @@ def plain_layer(module: Any, fuses: bool = False, preferred: nn.Module | None = 
         if is_container(kind):
             return None
         raise NotHoistable(f"{class_name(kind)} is not a layer that HotPath knows")
-    if kind is not base and not _casts_like_the_host(kind, base):
+    if is_gguf_layer(kind):
+        refuse_unknown_form(kind, base, class_name(kind))
+        dequantizes = gguf_linear(module) if base is Linear else None
+        if dequantizes is not None:
+            return dequantizes
+    elif kind is not base and not _casts_like_the_host(kind, base):
         raise NotHoistable(f"{class_name(kind)} does not compute like torch.nn.{base.__name__}")
     if base is Linear:
         return _linear(module)
@@ -77,6 +83,8 @@ def plain_layers(block: nn.Module, fuses: bool) -> PlainLayer:
 def layer_states(kind: type) -> Callable[[Any], Hashable] | None:
     """What tells how a layer of this class computes now, where that may change without it changing: in which quantized
     format, or with a weight that the host casts; the plain state of a module that this pack doesn't know."""
+    if is_gguf_layer(kind):
+        return lambda layer: gguf_state(layer) or _CAST
     if _is_mixed_precision_linear(kind):
         return lambda layer: state_in_use(layer) or _CAST
     return None if issubclass(kind, (Linear, LayerNorm, RMSNorm)) else container_state(kind)
@@ -124,14 +132,17 @@ def block_weights(layers: Layers, like: Tensor) -> dict[str, Tensor]:
             path, added = bypass_weights(path, layer, like)
             weights.update({name: plain_tensor(tensor) for name, tensor in added.items()})
         if state is not None and state != _CAST:
-            tensors = quantized_weights(layer, state, like)
+            if isinstance(state, Gguf):
+                tensors = gguf_weights(layer, state, like)
+            else:
+                tensors = quantized_weights(layer, state, like)
             weights.update({f"{path}.{name}": plain_tensor(tensor) for name, tensor in tensors.items()})
             continue
         weight, bias = _weight_and_bias(layer, like, state == _CAST)
         if weight is not None:
-            weights[f"{path}.weight"] = plain_tensor(weight)
+            weights[f"{path}.weight"] = plain_tensor(plain(weight))
         if bias is not None:
-            weights[f"{path}.bias"] = plain_tensor(bias)
+            weights[f"{path}.bias"] = plain_tensor(plain(bias))
     return weights
 
 

@@ -5,7 +5,7 @@ import comfy.quant_ops
 import folder_paths
 import pytest
 import torch
-from hotpath_pack.devtools import checkpoints
+from hotpath_pack.devtools import checkpoints, gguf_pack
 from hotpath_pack.host import artifacts
 from hotpath_pack.host import compile as host_compile
 from hotpath_pack.host.compile import compile_repeated_blocks
@@ -74,8 +74,9 @@ REFERENCE = dict(reference_latents=[torch.ones(1, 128, 8, 6)], reference_latents
         (lambda: attention_patch(int8()), {}),
         (lambda: load(checkpoints.flux2(1, 1)), REFERENCE),
         (ahead, {}),
+        (lambda: gguf_pack.load(checkpoints.flux1(1, 1), lambda name: "Q6_K" if "lin" in name else "IQ4_XS"), {}),
     ],
-    ids=["patched int8", "flux2 with spans of tokens", "modulation ahead"],
+    ids=["patched int8", "flux2 with spans of tokens", "modulation ahead", "gguf"],
 )
 def test_every_kind_of_input_and_operator_is_kept(make, run, restart):
     model = make()
