@@ -137,11 +137,15 @@ def measure_starts(blocks: tuple[int, int], rounds: int, names: Sequence[str] | 
     """The first prompt of each side in new processes, beside eager's, and where its time goes."""
     wide = start.Shape(blocks, 3072, 4096, 768, "bfloat16", SIZES[0], TEXT_TOKENS)
     groups = [group for group in start.ON_A_GPU if names is None or any(side.name in names for side in group)]
-    seen = start.measure(rounds, lambda text: print(f"{text} ...", flush=True), groups, wide)
+
+    def show(name: str, run: dict[str, Any]) -> None:
+        # A machine that is lent may be taken back before the end.
+        print_table((*start.rows({name: [run]})[1:], *start.parts({name: [run]})))
+        print(flush=True)
+
+    seen = start.measure(rounds, lambda text: print(f"{text} ...", flush=True), groups, wide, show)
     print(f"\n{torch.cuda.get_device_name()}, torch {torch.__version__}, {blocks[0]} + {blocks[1]} blocks")
     print_table(start.rows(seen))
-    print("\nSeconds of the first step by part")
-    print_table(start.parts(seen))
     if json:
         write_json(json, seen)
     return 0

@@ -52,7 +52,7 @@ class Side:
 
     ``finds`` is what it has of the side before it: nothing, its compiler ``cache``, or what it ``stored``. ``started``:
     something else was compiled in this process before. ``pause``: seconds between the node and the first step, in
-    which the host would load other models.
+    which the host would load other models. ``when``: an input of the node.
     """
 
     name: str
@@ -60,6 +60,7 @@ class Side:
     finds: str = ""
     started: bool = False
     pause: float = 0
+    when: str = "wait"
 
 
 TINY = Shape((19, 38))
@@ -76,7 +77,10 @@ ON_A_CPU = (
 ON_A_GPU = (
     (Side("eager", "eager"),),
     (Side("ours, cold", "ours"), Side("ours, loaded", "ours", "stored")),
-    (Side("ours, Inductor started", "ours", started=True),),
+    (Side("ours, 10 s ahead", "ours", pause=10),),
+    (Side("ours, compiled in the first step", "ours", when=""),),
+    (Side("ours, compiled in the first step, Inductor started", "ours", started=True, when=""),),
+    (Side("ours, background", "ours", when="background"),),
     (Side("plain per block, cold", "per-block"),),
     (Side("plain per block, Inductor started", "per-block", started=True),),
     (Side("whole model, cold", "whole"),),
@@ -85,10 +89,15 @@ ON_A_GPU = (
 
 
 def measure(
-    rounds: int, show: Callable[[str], None], groups: Sequence[Sequence[Side]] = ON_A_CPU, shape: Shape = TINY
+    rounds: int,
+    show: Callable[[str], None],
+    groups: Sequence[Sequence[Side]] = ON_A_CPU,
+    shape: Shape = TINY,
+    shown: Callable[[str, dict[str, Any]], None] = lambda name, run: None,
 ) -> dict[str, list[dict[str, Any]]]:
     """``rounds`` starts of each side, in an order that rotates: seconds of the first prompt, its first step and of
-    loading what was stored, seconds by part, counts, and the largest difference of the latent from eager."""
+    loading what was stored, seconds by part, counts, and the largest difference of the latent from eager. ``shown`` is
+    called with each that has ended."""
     seen: dict[str, list[dict[str, Any]]] = defaultdict(list)
     with tempfile.TemporaryDirectory(prefix="hotpath-", ignore_cleanup_errors=True) as temporary:
         checkpoint = Path(temporary) / "flux.safetensors"
@@ -103,6 +112,7 @@ def measure(
                     cache = folder / (side.name if side.finds == "stored" else "cache")
                     user = folder / ("nobody" if side.finds == "cache" else "user")
                     seen[side.name].append(_start(side, shape, checkpoint, cache, user))
+                    shown(side.name, seen[side.name][-1])
     return {side.name: seen[side.name] for group in groups for side in group}
 
 
@@ -120,6 +130,10 @@ def rows(seen: Mapping[str, list[dict[str, Any]]]) -> list[tuple[str, str]]:
         difference = max(run["difference"] for run in runs)
         line = f"{spread:<26}{median(first) / cold:>14.3f}  {loading:>10.2f}  {counts}  {difference:>10.1e}"
         table.append((name, f"{line}  {prompt:>9.2f}"))
+        for run in runs:
+            if "behind" in run:
+                told = f"{run['first after']:.2f} in the prompt after; compiled {run['behind']:.1f} s after the start"
+                table.append(("", told))
     return table
 
 
@@ -169,6 +183,7 @@ def _run(side: Side, shape: Shape, checkpoint: Path, user: Path) -> dict[str, An
     import comfy.sd
     import folder_paths
     from comfy_extras.nodes_torch_compile import TorchCompileModel
+    from hotpath_pack.host.behind import HELPER
     from hotpath_pack.host.compile import REGIONS, compile_repeated_blocks
     from hotpath_pack.host.progress import NodeText
     from hotpath_pack.hotpath.counters import graphs_so_far
@@ -186,7 +201,9 @@ def _run(side: Side, shape: Shape, checkpoint: Path, user: Path) -> dict[str, An
         model = comfy.sd.load_diffusion_model(str(checkpoint), {"dtype": getattr(torch, shape.dtype)})
     if side.kind == "ours":
         cache = "off" if side.finds == "cache" else "auto"
-        made = compile_repeated_blocks(model, CompileSettings(), "all", "all", "error", NodeText(None), cache)
+        chosen = "all", "all", "error", NodeText(None), cache
+        with torch.inference_mode():
+            made = compile_repeated_blocks(model, CompileSettings(), *chosen, when=side.when)
     elif side.kind == "whole":
         made = TorchCompileModel.execute(model, "inductor").args[0]
     else:
@@ -208,6 +225,13 @@ def _run(side: Side, shape: Shape, checkpoint: Path, user: Path) -> dict[str, An
             name: sum(took) for name, took in torch._dynamo.utils.compilation_time_metrics.items() if sum(took) > 0.05
         },
     }
+    if side.when == "background":
+        HELPER.wait()
+        found["behind"] = time.perf_counter() - begun
+        step = time.perf_counter()
+        got = gpu_host.sample(made, shape.size, shape.tokens, steps=1)
+        found["first after"] = time.perf_counter() - step
+        found["loading"] = sum(region.stats.load_seconds for region in REGIONS)
     want = gpu_host.sample(model, shape.size, shape.tokens, steps=1)
     return {**found, "difference": (got - want).abs().max().item()}
 

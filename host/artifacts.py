@@ -74,11 +74,21 @@ def unsupported(settings: CompileSettings, device: torch.device) -> str:
     return ""
 
 
+def require_kept(settings: CompileSettings, device: torch.device, cache: str) -> None:
+    """Raise ValueError where ``when`` can't be ``background``, since what another process compiles can't be kept."""
+    if cache != "auto":
+        raise ValueError(
+            "when: 'background' takes what it compiles from the cache. Set cache to 'auto', or when to 'wait'."
+        )
+    if why_not := unsupported(settings, device):
+        raise ValueError(f"when: 'background' is not possible here, as {why_not}. Choose 'wait'.")
+
+
 def _digest_of_sources() -> str:
     digest = hashlib.sha256()
     pack = Path(__file__).parent.parent
-    for path in sorted((*pack.glob("hotpath/*.py"), *pack.glob("host/*.py"))):
-        digest.update(path.name.encode() + path.read_bytes())
+    for path in sorted((*pack.glob("hotpath/**/*.py"), *pack.glob("host/**/*.py"))):
+        digest.update(path.relative_to(pack).as_posix().encode() + path.read_bytes())
     return digest.hexdigest()[:8]
 
 

@@ -13,6 +13,7 @@ from ..hotpath.artifacts import Refused, difference, read_bundle, write_bundle
 from .artifacts import facts, store
 from .compile import compiled_blocks
 from .models import require_model
+from .when import LATER
 
 log = logging.getLogger(__name__)
 
@@ -44,6 +45,7 @@ def save_bundle(model: ModelPatcher, filename_prefix: str) -> tuple[str, str]:
         raise ValueError(
             "model: it does not pass through Compile Repeated Blocks. Connect the MODEL that comes out of that node."
         )
+    LATER.wait()
     kept = [region.kept for region in blocks.regions if region.kept is not None]
     stored = [entry for entry in (each.stored() for each in kept) if entry.graphs]
     if not stored:

@@ -6,7 +6,7 @@ import functools
 import logging
 import weakref
 from collections.abc import Callable, Collection, Hashable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from contextlib import ExitStack, contextmanager, nullcontext
 from types import MappingProxyType
 from typing import Any
 
@@ -18,24 +18,26 @@ from torch import Tensor, nn
 
 from ..hotpath.artifacts import NotKept
 from ..hotpath.attention import Attend, attention_scope
-from ..hotpath.compiled import Bind, Region, RegionStore
+from ..hotpath.compiled import Bind, Region
 from ..hotpath.failures import RegionFailed, belongs_to_host, reason_of
-from ..hotpath.preflight import compile_problems
+from ..hotpath.region_store import RegionStore
 from ..hotpath.settings import CompileSettings
-from ..hotpath.template import BlockPlan, NotHoistable, plan_block
+from ..hotpath.template import BlockPlan, NotHoistable
 from ..hotpath.values import input_kinds
 from .accounting import CallAccount, block_name, routed, untouched
-from .artifacts import kept_region, unsupported
+from .artifacts import kept_region, require_kept, unsupported
 from .boundary import GettingCode
-from .bypass import bypass_addition
 from .eager_steps import step_kind
 from .families import require_family, selected_blocks
 from .families.kinds import BlockKind
 from .ledger import Ledger
 from .models import WHOLE_MODEL, compiled_by_another, is_compiled, require_model, to_device
+from .plans import Plans
 from .progress import NodeText
 from .replay import NOT_AHEAD, Replayed, Replays
-from .weights import Layers, block_weights, in_place, layer_states, plain_layers
+from .warming import Arguments, Example
+from .weights import block_weights, in_place
+from .when import LATER, When, check_machine
 
 log = logging.getLogger(__name__)
 
@@ -57,17 +59,21 @@ def compile_repeated_blocks(
     text: NodeText,
     cache: str = "off",
     cuda_graphs: str = "auto",
+    when: str = "",
 ) -> ModelPatcher:
     """A clone of ``model`` whose selected blocks run compiled; ``model`` itself stays as it is.
 
     ``on_failure``: ``eager`` samples without what can't be compiled and says so, ``error`` ends the prompt. ``cache``:
     ``auto`` keeps what is compiled for the next start of ComfyUI, ``off`` neither keeps nor looks for it.
-    ``cuda_graphs``: one of ``replay.CHOICES``.
+    ``cuda_graphs``: one of ``replay.CHOICES``. ``when``: ``wait`` begins to compile at once, and the first step waits
+    for it; ``background`` has prompts sample eager until another process has compiled; without either, the first step
+    compiles.
 
     A later call on the result replaces the settings of an earlier one.
 
     Raises:
-        ValueError: ``model`` is no MODEL or has no repeated blocks, a block is outside it, or nothing is selected.
+        ValueError: ``model`` is no MODEL or has no repeated blocks, a block is outside it, nothing is selected, or
+            nothing can be kept and ``when`` is ``background``.
     """
     require_model(model)
     require_family(model, "compile")
@@ -78,9 +84,11 @@ def compile_repeated_blocks(
             f"double_blocks, single_blocks: {double_blocks!r} and {single_blocks!r} leave no block of this model to "
             "compile. Set one of them to 'all' or a range, or bypass this node."
         )
+    if when == "background":
+        require_kept(settings, model.load_device, cache)
     compiled = model.clone()
     compiled.remove_wrappers_with_key(WrappersMP.APPLY_MODEL, WRAPPER_KEY)
-    blocks = CompiledBlocks(settings, selected, on_failure, text, cache, cuda_graphs)
+    blocks = CompiledBlocks(settings, selected, on_failure, text, cache, cuda_graphs, when)
     compiled.add_wrapper_with_key(WrappersMP.APPLY_MODEL, WRAPPER_KEY, blocks)
     callbacks = {
         CallbacksMP.ON_PRE_RUN: blocks.start,
@@ -90,6 +98,8 @@ def compile_repeated_blocks(
     for event, callback in callbacks.items():
         compiled.remove_callbacks_with_key(event, WRAPPER_KEY)
         compiled.add_callback_with_key(event, WRAPPER_KEY, callback)
+    if when and cache == "auto" and not unsupported(settings, model.load_device):
+        blocks.when.begin(model, selected, blocks.plans.of, blocks.prepare)
     return compiled
 
 
@@ -124,14 +134,18 @@ class CompiledBlocks(Ledger):
         text: NodeText,
         cache: str = "off",
         cuda_graphs: str = "auto",
+        when: str = "",
     ) -> None:
         super().__init__(settings, text, Replays(settings, cuda_graphs))
         self.selected = selected
         self.on_failure = on_failure
         self.cache = cache
         self._failed: dict[Hashable, str] = {}
-        self._plans: weakref.WeakKeyDictionary[nn.Module, BlockPlan] = weakref.WeakKeyDictionary()
+        self.plans = Plans(fuses=settings.backend == "inductor")
         self._blocks: weakref.WeakKeyDictionary[nn.Module, _Blocks] = weakref.WeakKeyDictionary()
+        self.when = When(when)
+        if earlier := LATEST.get(text.node_id):
+            earlier.when.cancel()
         LATEST[text.node_id] = self
 
     def start(self, patcher: ModelPatcher) -> None:
@@ -139,6 +153,7 @@ class CompiledBlocks(Ledger):
         self.open()
         self._failed.clear()
         self.replays.start(patcher)
+        self.when.begin_run()
         diffusion_model: Any = patcher.model.diffusion_model
         self._blocks[diffusion_model] = {
             kind.name: [weakref.ref(block) for block in kind.blocks(diffusion_model)] for kind in self.selected
@@ -180,6 +195,7 @@ class CompiledBlocks(Ledger):
             else:
                 with self._swapped(executor.class_obj.diffusion_model, call, others):
                     out = self.clock.time(x.device, step, (kind, call.account), counts)
+        LATER.begin()
         self.close(call.account)
         self.show(executor.class_obj, call.account, kind)
         return out
@@ -208,7 +224,7 @@ class CompiledBlocks(Ledger):
                     self._note_eager(call, kind, index, str(reason), entered=False)
                     continue
                 if not self.regions:
-                    self._plan(block)
+                    self.plans.ahead(block)
                 runs[block] = functools.partial(self._run_block, call, kind, index, block)
         with routed(runs):
             yield
@@ -259,7 +275,7 @@ class CompiledBlocks(Ledger):
                 if torch.is_grad_enabled():
                     raise NotHoistable("gradients are being recorded, and weights enter a region without theirs")
                 attend = kind.interface.attention_for(inputs.get("transformer_options", {}), block)
-                plan, layers = self._planned(block)
+                plan, layers = self.plans.of(block)
             if plan.given:
                 vector = kind.interface.vector
                 inputs[vector] = {path: block.get_submodule(path)(inputs[vector]) for path in plan.given}
@@ -280,8 +296,10 @@ class CompiledBlocks(Ledger):
                 graph = None if region is None else region.proven_graph(weights, taken)
                 if graph is None:
                     region, key, check = self._region(kind, plan, bind, weights, taken, attend)
+                    given = Arguments(kind, plan, attend, weights, taken)
+                    check = self.when.settle(region, given, functools.partial(self._announce, region), check)
                     graph = region.proven_graph(weights, taken)
-                    dims = kind.interface.token_dims(taken)
+                    dims = given.token_dims
             assert region is not None
             scope.enter_context(nullcontext() if attend is None else attention_scope(attend))
             if graph is not None:
@@ -302,22 +320,15 @@ class CompiledBlocks(Ledger):
         call.account.ran_compiled(kind.name, index)
         return out
 
-    def _planned(self, block: nn.Module) -> tuple[BlockPlan, Layers]:
-        """The plan of ``block``, made anew where the block is not as it was, and its layers."""
-        plan = self._plans.get(block)
-        if plan is not None:
-            try:
-                return plan, plan.layers(block)
-            except NotHoistable:
-                del self._plans[block]
-        layer_for = plain_layers(block, fuses=self.settings.backend == "inductor")
-        plan = self._plans[block] = plan_block(block, layer_for, layer_states, bypass_addition)
-        return plan, plan.layers(block)
-
-    def _plan(self, block: nn.Module) -> None:
-        """Plan ahead, to know how many regions there will be; what can't be planned says why when it runs."""
-        with suppress(Exception):
-            self._planned(block)
+    def prepare(self, example: Example, weights: dict[str, Tensor], inputs: dict[str, Any]) -> None:
+        """Have compiled what a block like ``example`` will need, ahead of it."""
+        kind, plan, attend = example.kind, example.plan, example.attend
+        activation = inputs[kind.activation]
+        taken = kind.interface.region_inputs(inputs, activation, self.settings.dynamic != "never")
+        bind = kind.interface.bind_for(attend, activation)
+        region, _, _ = self._region(kind, plan, bind, weights, taken, attend)
+        check = functools.partial(check_machine, region, activation.device, {it.dtype for it in weights.values()})
+        self.when.get_ready(region, Arguments(kind, plan, attend, weights, taken), check)
 
     def _region(
         self,
@@ -353,7 +364,7 @@ class CompiledBlocks(Ledger):
                     why_not = f": {reason_of(reason)}"
             if kept is None and ahead and not unsupported(self.settings, device):
                 kept = NotKept()
-            region = Region(name, plan.template, bind, self.settings, kind.streams, kept)
+            region = Region(name, plan.template, bind, self.settings, kind.streams, kept, LATER.add)
             region.stats.cache += why_not
             return region
 
@@ -362,7 +373,7 @@ class CompiledBlocks(Ledger):
 
         def check() -> None:
             if not region.compiled:
-                self._check_machine(region, device, dtypes)
+                check_machine(region, device, dtypes)
             self._announce(region)
 
         return region, key, check
@@ -376,14 +387,8 @@ class CompiledBlocks(Ledger):
             self._failed[key] = str(failure)
             raise
 
-    def _check_machine(self, region: Region, device: torch.device, dtypes: Collection[torch.dtype]) -> None:
-        """Say what is missing before a compiler is asked to work, whose own words are harder to act on."""
-        problems = compile_problems(self.settings.backend, device, dtypes)
-        if problems:
-            raise RegionFailed(region.name, "; ".join(problems))
-
     def _announce(self, region: Region) -> None:
-        expected = len({plan.key for plan in self._plans.values()})
+        expected = self.plans.structures()
         number = len(self.regions) + 1
         done, place = f" ({number}/{max(number, expected)})", f" ({number} of {max(number, expected)})"
         if region.compiled:

@@ -103,6 +103,15 @@ class PartText(NodeText):
         self._shown.clear()
 
 
+def running_prompt() -> str | None:
+    """Id of the prompt that runs; None without a server."""
+    server = getattr(PromptServer, "instance", None)
+    if server is None:
+        return None
+    running, _ = server.prompt_queue.get_current_queue_volatile()
+    return next((prompt_id for _, prompt_id, *_ in running), None)
+
+
 def _running_workflow(server: PromptServer) -> str | None:
     """Id of the workflow whose prompt runs; None for a prompt that no canvas made."""
     running, _ = server.prompt_queue.get_current_queue_volatile()

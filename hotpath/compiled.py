@@ -8,13 +8,12 @@ structure. They live in a bounded store for the whole process.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import logging
-import threading
 import time
 import types
-from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -32,8 +31,9 @@ from .limits import compiling
 from .memory import peak_bytes
 from .reasons import THROWN_AWAY, plain_reason
 from .settings import CompileSettings
+from .starting import start_workers
 from .stats import NO_COST, Cost, RegionStats
-from .values import Copies, device_of, tensors_in
+from .values import Copies, device_of, mark_dynamic, tensors_in, varying_dims
 
 log = logging.getLogger(__name__)
 
@@ -54,7 +54,7 @@ class Region:
     """One compiled function for all blocks that share a structure, settings and kind of inputs.
 
     ``streams`` is how many inputs have a token count of their own. With ``kept``, graphs are compiled ahead of time
-    and outlive the process, unless it is ``NotKept``.
+    and outlive the process, unless it is ``NotKept``; ``later`` is given the work of storing them.
     """
 
     def __init__(
@@ -65,9 +65,12 @@ class Region:
         settings: CompileSettings,
         streams: int = 1,
         kept: Kept | NotKept | None = None,
+        later: Callable[[Callable[[], None]], None] = lambda work: work(),
     ) -> None:
         self.name = name
+        self.bind = bind
         self.settings = settings
+        self.streams = streams
         self.stats = RegionStats()
         self.compiled = False
 
@@ -85,12 +88,11 @@ class Region:
         self._closure = {"template": template, "bind": bind}
         self._graphs: list[Graph] = []
         self._guard_failure = ""
-        # Dimensions of weights that differ from one set to the next.
-        self._varying = {
-            f"{path}.{name}": dims
-            for path, module in template.named_modules()
-            for name, dims in getattr(module, "dynamic_dims", {}).items()
-        }
+        self._varying = varying_dims(template)
+        self._later = later
+        # Compiled ahead of the first run, each with the facts that it was made under.
+        self._prepared: list[tuple[Graph, Mapping[str, str]]] = []
+        self._ahead = NO_COST
 
     def _use(self, probe: bool) -> None:
         """Have graphs made with Inductor's options from now on, and forget those that Dynamo holds; see
@@ -155,6 +157,50 @@ class Region:
                 return graph
         return None
 
+    def find(self, weights: dict[str, Tensor], inputs: dict[str, Any]) -> bool:
+        """Whether there is code for these arguments; what is stored by now is loaded where there was none."""
+        with compiling(self._limit):
+            if self.graph_for(weights, inputs) is not None:
+                return True
+            if found := self.loads(weights, inputs):
+                self._ahead = Cost(self._ahead.seconds, self.stats.load_seconds)
+            return found
+
+    def prepare(
+        self,
+        weights: dict[str, Tensor],
+        inputs: dict[str, Any],
+        dynamic_dims: Mapping[str, Sequence[int]],
+        before_compiling: Callable[[], None] = lambda: None,
+    ) -> None:
+        """Load or compile what ``run`` would need for these arguments, whose data is not looked at; nothing runs, and
+        without ``kept`` nothing is prepared. Raises what compiling raises; ``run`` then tries anew."""
+        with compiling(self._limit):
+            known = self.graph_for(weights, inputs) is not None
+            if self._kept is None or known or (not self._graphs and self.find(weights, inputs)):
+                return
+            before_compiling()
+            started, graphs = time.perf_counter(), graphs_so_far()
+            mark_dynamic(weights, inputs, self._varying, dynamic_dims, self.settings.dynamic)
+            if not self._probed:
+                trust_compiler()
+            graph, facts = self._compile_ahead(weights, inputs)
+            if graph is None or facts is None:
+                return
+            self._prepared.append((graph, facts))
+            self.compiled = True
+            seconds = time.perf_counter() - started
+            self.stats.seconds += seconds
+            self.stats.graphs += graphs_so_far() - graphs
+            self._ahead = Cost(self._ahead.seconds + seconds, self._ahead.load_seconds)
+            log.info("%s region compiled ahead in %.1f s", self.name, seconds)
+
+    def keep_prepared(self) -> None:
+        """Keep what ``prepare`` compiled and what has not run, with all variants of its kernels."""
+        prepared, self._prepared = self._prepared, []
+        for graph, facts in prepared:
+            self._keep(graph, facts)
+
     def proven_graph(self, weights: dict[str, Tensor], inputs: dict[str, Any]) -> Graph | None:
         """``graph_for`` these arguments where it has run before: what it raises is no fault of its code."""
         graph = self.graph_for(weights, inputs)
@@ -201,30 +247,17 @@ class Region:
         graph = self.proven_graph(weights, inputs)
         if graph is not None:
             return graph(weights, inputs)
-        self._mark(weights, inputs, dynamic_dims)
+        mark_dynamic(weights, inputs, self._varying, dynamic_dims, self.settings.dynamic)
         if self._has_run and self.settings.fullgraph:
             return self._compiled_before(weights, inputs)
         raise _Uncompiled
-
-    def _mark(
-        self, weights: dict[str, Tensor], inputs: dict[str, Any], dynamic_dims: Mapping[str, Sequence[int]]
-    ) -> None:
-        # Newer PyTorch tells marked tensors from others, also in a graph that was compiled for either.
-        if self.settings.dynamic != "never":
-            for name, dims in dynamic_dims.items():
-                torch._dynamo.maybe_mark_dynamic(inputs[name], list(dims))
-            for name, dims in self._varying.items():
-                torch._dynamo.maybe_mark_dynamic(weights[name], list(dims))
-        if self.settings.dynamic == "always":
-            for tensor in tensors_in(inputs):
-                if tensor.ndim:
-                    torch._dynamo.maybe_mark_dynamic(tensor, 0)
 
     def _run_new(
         self, weights: dict[str, Tensor], inputs: dict[str, Any], before_compiling: Callable[[], None]
     ) -> tuple[Any, Cost]:
         """Run the block by code that is not known to work, which is loaded or compiled where it is missing."""
-        load_seconds = 0.0
+        ahead, self._ahead = self._ahead, NO_COST
+        load_seconds = ahead.load_seconds
         if not self.compiled and not self._graphs and self.loads(weights, inputs):
             load_seconds = self.stats.load_seconds
         graph, first = self.graph_for(weights, inputs), not self.compiled
@@ -248,7 +281,7 @@ class Region:
             raise RegionFailed(self.name, reason) from error
         made = graphs_so_far() - graphs
         if not made and not first:
-            return out, Cost(0.0, load_seconds)
+            return out, Cost(ahead.seconds, load_seconds)
         seconds = time.perf_counter() - started
         self.stats.seconds += seconds
         self.stats.graphs += made
@@ -303,9 +336,12 @@ class Region:
             self._graphs.remove(graph)
             raise CompiledCodeFailed(self.name, reason_of(error)) from error
         graph.has_run = True
+        for prepared in [prepared for prepared in self._prepared if prepared[0] is graph]:
+            self._prepared.remove(prepared)
+            facts = prepared[1]
         if facts is not None:
             # Only now, as Triton chooses between variants of a kernel when it first runs.
-            self._keep(graph, facts)
+            self._later(functools.partial(self._keep, graph, facts))
         return out
 
     def _why_compiled_again(self, failures: int) -> str:
@@ -334,6 +370,7 @@ class Region:
                     torch._dynamo.maybe_mark_dynamic(tensor, changed)
         assert self._kept is not None
         try:
+            start_workers(device_of(inputs))
             facts = self._kept.facts()
             made = compile_graph(self._function, self._closure, weights, inputs, sizes, self._options, self._dynamic)
         except NotAhead as reason:
@@ -347,7 +384,9 @@ class Region:
         if kept is None:
             return
         try:
-            kept.add(made.to_bytes(), facts)
+            with compiling():
+                graph = made.to_bytes()
+            kept.add(graph, facts)
             self.stats.cache = kept.state
         # The block has run; what can't be kept is compiled again at the next start.
         except Exception as error:
@@ -358,26 +397,3 @@ class Region:
         if self.kept is not None:
             log.warning("%s region can't be kept for the next start: %s", self.name, reason)
         self._kept = None
-
-
-class RegionStore:
-    """Compiled regions by key, the least recently used dropped first."""
-
-    def __init__(self, capacity: int) -> None:
-        self.capacity = capacity
-        self._regions: OrderedDict[Hashable, Region] = OrderedDict()
-        self._lock = threading.Lock()
-
-    def get(self, key: Hashable, make: Callable[[], Region]) -> Region:
-        with self._lock:
-            region = self._regions.get(key)
-            if region is None:
-                region = self._regions[key] = make()
-                while len(self._regions) > self.capacity:
-                    self._regions.popitem(last=False)
-            self._regions.move_to_end(key)
-            return region
-
-    def __iter__(self) -> Iterator[Region]:
-        with self._lock:
-            return iter(list(self._regions.values()))

@@ -7,7 +7,7 @@ from dataclasses import fields, is_dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def plain_tensor(value: Tensor) -> Tensor:
@@ -42,6 +42,35 @@ def input_kinds(value: Any, shapes: bool) -> Hashable:
     if isinstance(value, Mapping):
         return tuple((name, input_kinds(item, shapes)) for name, item in value.items())
     return (type(value), *(input_kinds(item, shapes) for item in _items(value)))
+
+
+def varying_dims(template: nn.Module) -> dict[str, tuple[int, ...]]:
+    """Dimensions of weights that differ from one set to the next, by the names of the weights."""
+    return {
+        f"{path}.{name}": dims
+        for path, module in template.named_modules()
+        for name, dims in getattr(module, "dynamic_dims", {}).items()
+    }
+
+
+def mark_dynamic(
+    weights: Mapping[str, Tensor],
+    inputs: Mapping[str, Any],
+    weight_dims: Mapping[str, Sequence[int]],
+    input_dims: Mapping[str, Sequence[int]],
+    dynamic: str,
+) -> None:
+    """Have Dynamo take these dimensions for any size, with ``dynamic`` at ``always`` the batch too."""
+    # Newer PyTorch tells marked tensors from others, also in a graph that was compiled for either.
+    if dynamic != "never":
+        for name, dims in input_dims.items():
+            torch._dynamo.maybe_mark_dynamic(inputs[name], list(dims))
+        for name, dims in weight_dims.items():
+            torch._dynamo.maybe_mark_dynamic(weights[name], list(dims))
+    if dynamic == "always":
+        for tensor in tensors_in(inputs):
+            if tensor.ndim:
+                torch._dynamo.maybe_mark_dynamic(tensor, 0)
 
 
 class Copies:

@@ -9,6 +9,7 @@ from ..host.artifacts import CACHE
 from ..host.compile import compile_repeated_blocks
 from ..host.progress import NodeText
 from ..host.replay import CHOICES
+from ..host.when import WHEN
 from ..hotpath.backends import available_backends
 from ..hotpath.selection import check_selection
 from ..hotpath.settings import DYNAMIC, MODES, CompileSettings
@@ -103,6 +104,16 @@ class CompileRepeatedBlocks(io.ComfyNode):
                     "safe: in the modes that ask for it, and in 'default' where launching takes longer than computing, "
                     "as at small sizes. The same image. off: never.",
                 ),
+                io.Combo.Input(
+                    "when",
+                    options=list(WHEN),
+                    default="wait",
+                    optional=True,
+                    advanced=True,
+                    tooltip="wait: compile while other models load; the first step waits for the rest. background: "
+                    "another process compiles while prompts sample without, and prompts that begin after it is done "
+                    "run compiled.",
+                ),
             ],
             outputs=[io.Model.Output(tooltip="The same model, with its repeated blocks compiled while it samples.")],
             hidden=[io.Hidden.unique_id],
@@ -133,9 +144,12 @@ class CompileRepeatedBlocks(io.ComfyNode):
         on_failure: str,
         cache: str = "auto",
         cuda_graphs: str = "auto",
+        when: str = "wait",
     ) -> io.NodeOutput:
         settings = CompileSettings(mode, backend, fullgraph, dynamic)
         text = NodeText(cls.hidden.unique_id)
         return io.NodeOutput(
-            compile_repeated_blocks(model, settings, double_blocks, single_blocks, on_failure, text, cache, cuda_graphs)
+            compile_repeated_blocks(
+                model, settings, double_blocks, single_blocks, on_failure, text, cache, cuda_graphs, when
+            )
         )

@@ -7,10 +7,11 @@ import pytest
 import torch
 from hotpath_pack.hotpath.attention import AttentionMismatch, attention_scope, opaque_attention
 from hotpath_pack.hotpath.backends import available_backends
-from hotpath_pack.hotpath.compiled import Region, RegionStore
+from hotpath_pack.hotpath.compiled import Region
 from hotpath_pack.hotpath.failures import RegionFailed
 from hotpath_pack.hotpath.inductor import region_options
 from hotpath_pack.hotpath.limits import compiling
+from hotpath_pack.hotpath.region_store import RegionStore
 from hotpath_pack.hotpath.settings import MODES, CompileSettings, CompileSettingsError
 from hotpath_pack.hotpath.values import input_kinds, tensors_in
 from hypothesis import given, settings

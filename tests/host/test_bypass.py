@@ -12,7 +12,7 @@ from hotpath_pack.host.compile import compile_repeated_blocks
 from hotpath_pack.host.offload import OffloadSettings, offload_repeated_blocks
 from hotpath_pack.host.quantize import quantize_repeated_blocks
 from hotpath_pack.hotpath import graphs
-from hotpath_pack.hotpath.compiled import RegionStore
+from hotpath_pack.hotpath.region_store import RegionStore
 from hotpath_pack.hotpath.settings import CompileSettings
 from sampling import TOLERANCE, Counting, Texts, assert_parity, compiled, compiled_blocks, load, sample
 

@@ -12,9 +12,11 @@ from hotpath_pack.host.compile import compile_repeated_blocks
 from hotpath_pack.host.families.flux import bind_cudnn, bind_opaque, bind_traced
 from hotpath_pack.host.offload import OffloadSettings, offload_repeated_blocks
 from hotpath_pack.host.weights import plain_layer
+from hotpath_pack.host.when import LATER
 from hotpath_pack.hotpath import graphs
-from hotpath_pack.hotpath.compiled import CompileSettings, RegionStore
 from hotpath_pack.hotpath.fingerprint import NotPortable
+from hotpath_pack.hotpath.region_store import RegionStore
+from hotpath_pack.hotpath.settings import CompileSettings
 from hotpath_pack.hotpath.template import plan_block
 from hotpath_pack.hotpath.values import input_kinds
 from hypothesis import HealthCheck, given, settings
@@ -35,7 +37,12 @@ def user_folder(tmp_path, monkeypatch):
 @pytest.fixture
 def restart(monkeypatch):
     """As after a start of ComfyUI: no region is known."""
-    return lambda: monkeypatch.setattr(host_compile, "REGIONS", RegionStore(capacity=64))
+
+    def start():
+        LATER.wait()
+        monkeypatch.setattr(host_compile, "REGIONS", RegionStore(capacity=64))
+
+    return start
 
 
 def kept(model, **settings):

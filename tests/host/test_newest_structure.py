@@ -14,7 +14,8 @@ from hotpath_pack.host import compile as host_compile
 from hotpath_pack.host.compile import compile_repeated_blocks
 from hotpath_pack.host.quantize import quantize_repeated_blocks
 from hotpath_pack.hotpath import graphs
-from hotpath_pack.hotpath.compiled import CompileSettings, RegionStore
+from hotpath_pack.hotpath.region_store import RegionStore
+from hotpath_pack.hotpath.settings import CompileSettings
 from sampling import (
     TOLERANCE,
     Counting,

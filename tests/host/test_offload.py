@@ -252,7 +252,7 @@ def test_compiled_it_is_two_graphs_without_modulation(flux, flux_weights):
     assert (counting.graphs, counting.breaks) == (2, 0)
     blocks = compiled_blocks(fast)
     assert blocks.eager == {} and dict(blocks.compiled) == {"double": 2, "single": 3}
-    names = {name for plan in blocks._plans.values() for name, _ in plan.template.named_parameters()}
+    names = {name for plan in blocks.plans._plans.values() for name, _ in plan.template.named_parameters()}
     assert names and not any("mod" in name for name in names)
 
 

@@ -1,0 +1,80 @@
+"""Arguments of a region without their data: enough to compile it before there is any, and in another process."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_MARKS = "_dynamo_weak_dynamic_indices"
+
+
+@dataclass(frozen=True)
+class Described:
+    """All of a tensor but its device and data; ``dynamic`` are the dimensions that ``maybe_mark_dynamic`` marked."""
+
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+    inference: bool
+    dynamic: tuple[int, ...] = ()
+
+    @property
+    def bytes(self) -> int:
+        reach = sum((size - 1) * stride for size, stride in zip(self.shape, self.stride, strict=True))
+        return self.dtype.itemsize * (reach + 1) if all(self.shape) else 0
+
+
+def describe_tensors(value: Any) -> Any:
+    """``value``, a nest of mappings, lists, tuples and dataclasses, with a ``Described`` for each tensor."""
+    return _mapped(value, Tensor, _describe)
+
+
+def example_inputs(described: Any, device: torch.device) -> Any:
+    """The nest that ``describe_tensors`` described, on ``device``, with whatever was in its memory."""
+
+    def make(told: Described) -> Tensor:
+        with torch.inference_mode(told.inference):
+            made = torch.empty_strided(told.shape, told.stride, dtype=told.dtype, device=device)
+        torch._dynamo.maybe_mark_dynamic(made, list(told.dynamic))
+        return made
+
+    return _mapped(described, Described, make)
+
+
+def example_weights(described: Mapping[str, Described], device: torch.device) -> dict[str, Tensor]:
+    """Weights that all lie in one piece of memory, as large as the largest: they are looked at, or multiplied by where
+    nobody looks at what comes out, and never written."""
+    size = max((told.bytes for told in described.values()), default=0)
+    weights = {}
+    for inference in (False, True):
+        with torch.inference_mode(inference):
+            # Weights of another kind of mode are none of this piece.
+            memory = torch.empty(size, dtype=torch.uint8, device=device)
+            for name, told in described.items():
+                if told.inference == inference:
+                    piece = memory[: told.bytes].view(told.dtype)
+                    weights[name] = piece.as_strided(told.shape, told.stride)
+    return {name: weights[name] for name in described}
+
+
+def _describe(tensor: Tensor) -> Described:
+    dynamic = tuple(sorted(getattr(tensor, _MARKS, ())))
+    return Described(tuple(tensor.shape), tensor.stride(), tensor.dtype, tensor.is_inference(), dynamic)
+
+
+def _mapped(value: Any, kind: type, change: Callable[[Any], Any]) -> Any:
+    if isinstance(value, kind):
+        return change(value)
+    if isinstance(value, Mapping):
+        return {name: _mapped(item, kind, change) for name, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(_mapped(item, kind, change) for item in value)
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        names = [item.name for item in dataclasses.fields(value)]
+        return dataclasses.replace(value, **{name: _mapped(getattr(value, name), kind, change) for name in names})
+    return value

@@ -1,0 +1,39 @@
+"""What a compiler needs before it compiles: its modules, its pool of worker processes, Triton's driver."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+
+import torch
+from torch.utils._triton import has_triton_package
+
+# The workers answer after about three; without them kernels are compiled one by one.
+_LONGEST_SECONDS = 15
+
+
+def start_workers(device: torch.device) -> None:
+    """Start the processes that compile Triton kernels for ``device``; they are ready some seconds later."""
+    if device.type == "cuda":
+        from torch._inductor.async_compile import maybe_warm_pool
+
+        maybe_warm_pool()
+
+
+def start_compiler(device: torch.device) -> None:
+    """Import, start and compute what the first compilation for ``device`` in a process would, and wait for it.
+
+    Raises what a part of it raises: compiling then tells it better.
+    """
+    start_workers(device)
+    from torch._inductor.codecache import torch_key
+
+    torch_key()
+    if device.type != "cuda" or not has_triton_package():
+        return
+    import triton
+    from torch._inductor.async_compile import AsyncCompile
+
+    # A module that Triton builds by the C compiler at its first use.
+    _ = triton.runtime.driver.active.utils
+    with suppress(TimeoutError):
+        AsyncCompile.wait_pool_ready(_LONGEST_SECONDS)

@@ -1,0 +1,164 @@
+"""Compiling while the workflow loads: what was made from the structure alone is what the first step needs."""
+
+import gc
+import threading
+import weakref
+
+import comfy.model_management
+import comfy.quant_ops
+import folder_paths
+import pytest
+import torch
+from hotpath_pack.devtools import checkpoints
+from hotpath_pack.host import warming
+from hotpath_pack.host.compile import compile_repeated_blocks
+from hotpath_pack.hotpath import graphs
+from hotpath_pack.hotpath.compiled import Region
+from hotpath_pack.hotpath.settings import CompileSettings
+from sampling import TOLERANCE, Texts, compiled_blocks, load, sample
+
+pytestmark = pytest.mark.skipif(not graphs.supported(), reason="needs PyTorch 2.11")
+
+
+@pytest.fixture(autouse=True)
+def user_folder(tmp_path, monkeypatch):
+    monkeypatch.setattr(folder_paths, "user_directory", str(tmp_path / "user"))
+
+
+@pytest.fixture
+def prepared(monkeypatch):
+    """Names of threads that compiled."""
+    threads = []
+    compile_graph = Region._compile_ahead
+
+    def note(self, *args):
+        threads.append(threading.current_thread().name)
+        return compile_graph(self, *args)
+
+    monkeypatch.setattr(Region, "_compile_ahead", note)
+    return threads
+
+
+def ahead(model, when="wait", cache="auto", **settings):
+    # As a node runs.
+    with torch.inference_mode():
+        return compile_repeated_blocks(
+            model, CompileSettings(**settings), "all", "all", "error", Texts(), cache, when=when
+        )
+
+
+def patched(model):
+    clone = model.clone()
+    clone.set_model_attn1_output_patch(lambda attn, extra_options: attn * 0.5)
+    return clone
+
+
+def int8():
+    if "int8_tensorwise" not in comfy.quant_ops.QUANT_ALGOS:
+        pytest.skip("this ComfyUI has no int8_tensorwise")
+    with torch.inference_mode():
+        return load(checkpoints.quantized(checkpoints.flux1(1, 1), "int8_tensorwise"), dtype=torch.bfloat16)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: patched(load(checkpoints.flux1(1, 1))),
+        lambda: load(checkpoints.flux2(1, 1), dtype=torch.bfloat16),
+        int8,
+    ],
+    ids=["patched", "flux2 in bf16", "int8"],
+)
+def test_the_first_step_finds_ready_what_it_needs(make, prepared, regions):
+    model = make()
+    fast = ahead(model)
+    warming.until_ready()
+    got, want = sample(fast), sample(model)
+    assert (got - want).norm() <= (TOLERANCE if got.dtype == torch.float32 else 0.02) * want.norm()
+    assert [name.startswith("hotpath-warming") for name in prepared] == [True, True]
+    assert [(region.stats.graphs, len(region.stats.recompiles)) for region in regions] == [(1, 0), (1, 0)]
+    assert compiled_blocks(fast).seconds > 0
+
+
+def test_another_variant_is_compiled_as_ever(prepared, regions):
+    """A patch that comes after the node, which it knew nothing of."""
+    model = load(checkpoints.flux1(1, 0))
+    fast = patched(ahead(model))
+    warming.until_ready()
+    assert (sample(fast) - sample(patched(model))).abs().max() <= TOLERANCE
+    assert len(prepared) == 2 and prepared[1] == "MainThread"
+
+
+def test_what_fails_ahead_is_left_to_the_first_step(monkeypatch, prepared):
+    model = load(checkpoints.flux1(1, 0))
+
+    def fail(*args):
+        raise RuntimeError("no memory")
+
+    monkeypatch.setattr(warming, "example_weights", fail)
+    fast = ahead(model)
+    assert (sample(fast) - sample(model)).abs().max() <= TOLERANCE
+    assert prepared == ["MainThread"]
+
+
+class Slow:
+    """Stands in for a region's compiling, until it is let go."""
+
+    def __init__(self, monkeypatch):
+        self.begun, self.go, self.names = threading.Event(), threading.Event(), []
+        monkeypatch.setattr(Region, "prepare", self)
+
+    def __call__(self, *args):
+        self.names.append(threading.current_thread().name)
+        self.begun.set()
+        assert self.go.wait(60)
+
+
+def test_an_interrupt_reaches_who_waits(monkeypatch, regions):
+    slow = Slow(monkeypatch)
+    model = load(checkpoints.flux1(1, 0))
+    fast = ahead(model)
+    assert slow.begun.wait(60)
+    threading.Timer(0.3, comfy.model_management.interrupt_current_processing).start()
+    with pytest.raises(comfy.model_management.InterruptProcessingException):
+        sample(fast)
+    blocks = model.model.diffusion_model.double_blocks
+    assert all("forward" not in block.__dict__ for block in blocks)
+    slow.go.set()
+    warming.until_ready()
+    assert [(region.stats.graphs, region.compiled) for region in regions] == [(0, False)]
+
+
+def test_a_node_that_is_executed_again_cancels_what_has_not_begun(monkeypatch):
+    slow = Slow(monkeypatch)
+    model = load(checkpoints.flux1(1, 1))
+    first = ahead(model)
+    assert slow.begun.wait(60)
+    second = ahead(model)
+    slow.go.set()
+    warming.until_ready()
+    assert len(slow.names) == 3 and first is not second
+
+
+def test_what_is_under_way_keeps_no_model_alive(monkeypatch):
+    slow = Slow(monkeypatch)
+    model = load(checkpoints.flux1(1, 1))
+    fast = ahead(model)
+    assert slow.begun.wait(60)
+    # A loaded model is held by the host too.
+    left = weakref.ref(model.model)
+    del model, fast
+    gc.collect()
+    assert left() is None
+    slow.go.set()
+    warming.until_ready()
+    assert len(slow.names) == 1
+
+
+def test_without_a_cache_or_another_backend_nothing_is_compiled_ahead(monkeypatch):
+    slow = Slow(monkeypatch)
+    slow.go.set()
+    for change in (dict(cache="off"), dict(backend="aot_eager"), dict(fullgraph=False)):
+        ahead(load(checkpoints.flux1(1, 0)), **change)
+        warming.until_ready()
+    assert not slow.names
