@@ -114,6 +114,24 @@ def compiled_per_block(model: Any, backend: str = "inductor") -> Any:
     return clone
 
 
+def computed(model: Any, bind: str) -> Any:
+    """``model`` whose blocks are traced by the function of that name in ``host.families.flux`` where they would be by
+    ``bind_fused``."""
+    from comfy.patcher_extension import WrappersMP
+    from hotpath_pack.host.families import flux
+
+    def otherwise(executor: Any, *args: Any, **kwargs: Any) -> Any:
+        fused, flux.bind_fused = flux.bind_fused, getattr(flux, bind)
+        try:
+            return executor(*args, **kwargs)
+        finally:
+            flux.bind_fused = fused
+
+    clone = model.clone()
+    clone.add_wrapper_with_key(WrappersMP.APPLY_MODEL, "computed", otherwise)
+    return clone
+
+
 def quantize(model: Any, format: str) -> Any:
     """``model`` as Quantize Repeated Blocks returns it."""
     from hotpath_pack.host.progress import NodeText

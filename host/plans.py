@@ -9,6 +9,7 @@ from torch import nn
 
 from ..hotpath.template import BlockPlan, NotHoistable, plan_block
 from .bypass import bypass_addition
+from .families import as_twin
 from .weights import Layers, layer_states, plain_layers
 
 
@@ -28,6 +29,7 @@ class Plans:
             except NotHoistable:
                 del self._plans[block]
         plan = self._plans[block] = plan_block(block, plain_layers(block, self._fuses), layer_states, bypass_addition)
+        as_twin(plan.template)
         return plan, plan.layers(block)
 
     def ahead(self, block: nn.Module) -> None:

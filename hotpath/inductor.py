@@ -18,6 +18,8 @@ _FOUND = ("_is_avx512_bf16_supported", "_is_amx_fp16_supported")
 # Variants of Triton kernels that Inductor thinks of after the others were compiled: no quicker in these blocks, they
 # bring back the compiler when a region is loaded.
 _LATE_VARIANTS = "dynamic_scale_rblock"
+# A kernel of this pack is launched as Inductor's own are: else what is kept of a region would need Triton's compiler.
+_LAUNCHES_OURS = "static_launch_user_defined_triton_kernels"
 # Its own would copy a region's weights, which are inputs, at each replay; see ``recorded.py``.
 _CUDA_GRAPHS = "triton.cudagraphs"
 
@@ -27,7 +29,9 @@ def region_options(mode: str, probe: bool) -> dict[str, Any]:
 
     Without ``probe`` nothing that is compiled with them has the C++ compiler probed; see ``trust_compiler``.
     """
-    always = {_LATE_VARIANTS: False, _CUDA_GRAPHS: False, _FIRST_PASS: plain_forms}
+    always: dict[str, Any] = {_LATE_VARIANTS: False, _CUDA_GRAPHS: False, _FIRST_PASS: plain_forms}
+    if hasattr(config, _LAUNCHES_OURS):
+        always[_LAUNCHES_OURS] = True
     return {**torch._inductor.list_mode_options(mode), **always, **({} if probe else {_TRUSTED: True})}
 
 

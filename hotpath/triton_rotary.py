@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.library import triton_op, wrap_triton
 
 # Tokens and heads of one program, and its warps. `python -m benchmarks.kernels` has others beside them.
-BLOCK, HEADS, WARPS = 8, 6, 4
+BLOCK, HEADS, WARPS = 16, 6, 4
 
 
 @triton.jit

@@ -64,3 +64,10 @@ def selected_blocks(diffusion_model: nn.Module, selection: Mapping[str, str]) ->
         count = len(kind.blocks(diffusion_model))
         found[kind] = tuple(sorted(select_blocks(kind.selected_by, selection[kind.selected_by], count)))
     return found
+
+
+def as_twin(template: nn.Module) -> None:
+    """Make the template of a block one of its kind's ``twin``, where it has one."""
+    for kind in (kind for family in FAMILIES for kind in family.kinds):
+        if kind.twin is not None and type(template) is kind.block:
+            template.__class__ = kind.twin

@@ -14,9 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from ...hotpath.attention import Attend, cudnn_attention, opaque_attention
+from ...hotpath.rotary import has_kernel
 from ...hotpath.sizes import as_size, from_size
 from ...hotpath.template import NotHoistable
 from ..containers import preferred_attention
+from .flux_fused import IN_HALVES, ROTATES, TWINS, WITH_EPILOGUE, same_as_the_host
 from .kinds import BlockKind, Family, Interface, random_tensor
 
 _SPANS = ("modulation_dims", "modulation_dims_img", "modulation_dims_txt")
@@ -137,6 +139,14 @@ def bind_cudnn(inputs: Mapping[str, Any]) -> Mapping[str, Any]:
     return _rotated(inputs, cudnn=True)
 
 
+def bind_fused(inputs: Mapping[str, Any]) -> Mapping[str, Any]:
+    """As ``bind_cudnn``, in fewer passes over memory where a block can; see ``flux_fused``."""
+    taken = dict(_rotated(inputs, cudnn=True))
+    asked = {ROTATES: inputs["pe"], IN_HALVES: True, WITH_EPILOGUE: True}
+    taken["transformer_options"] = {**taken["transformer_options"], **asked}
+    return taken
+
+
 def _rotated(inputs: Mapping[str, Any], cudnn: bool) -> Mapping[str, Any]:
     pe = inputs["pe"]
 
@@ -176,7 +186,14 @@ def bind_for(attend: Attend | None, like: Tensor) -> Callable[[Mapping[str, Any]
         return bind_opaque
     # Hopper alone: elsewhere the host's order was measured to be the faster one, or nothing was.
     nvidia = like.is_cuda and comfy.model_management.is_nvidia()
-    return bind_cudnn if nvidia and torch.cuda.get_device_capability(like.device)[0] == 9 else bind_traced
+    if not nvidia or torch.cuda.get_device_capability(like.device)[0] != 9:
+        return bind_traced
+    return bind_fused if _fuses() else bind_cudnn
+
+
+@functools.cache
+def _fuses() -> bool:
+    return has_kernel() and same_as_the_host(bind_cudnn, bind_fused)
 
 
 def conditioning(diffusion_model: Any, tokens: int) -> tuple[Tensor, dict[str, Any]]:
@@ -193,10 +210,24 @@ FLUX = Family(
     models="Flux.1 (dev, schnell, Fill, Kontext and the like), Flux.2 and Chroma",
     kinds=(
         BlockKind(
-            "double", "double_blocks", comfy.ldm.flux.layers.DoubleStreamBlock, "img", 2, _INTERFACE, "double_blocks"
+            "double",
+            "double_blocks",
+            comfy.ldm.flux.layers.DoubleStreamBlock,
+            "img",
+            2,
+            _INTERFACE,
+            "double_blocks",
+            TWINS[comfy.ldm.flux.layers.DoubleStreamBlock],
         ),
         BlockKind(
-            "single", "single_blocks", comfy.ldm.flux.layers.SingleStreamBlock, "x", 1, _INTERFACE, "single_blocks"
+            "single",
+            "single_blocks",
+            comfy.ldm.flux.layers.SingleStreamBlock,
+            "x",
+            1,
+            _INTERFACE,
+            "single_blocks",
+            TWINS[comfy.ldm.flux.layers.SingleStreamBlock],
         ),
     ),
     modulations=modulations,

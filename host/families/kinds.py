@@ -50,6 +50,7 @@ class BlockKind:
         streams: how many of its inputs have a token count of their own.
         interface: how its blocks are called.
         selected_by: the input of Compile Repeated Blocks that selects among them.
+        twin: the class of their templates, where it has more ways to run than the host's.
     """
 
     name: str
@@ -59,6 +60,7 @@ class BlockKind:
     streams: int
     interface: Interface
     selected_by: str
+    twin: type[nn.Module] | None = None
 
     @functools.cached_property
     def parameters(self) -> tuple[str, ...]:
