@@ -460,7 +460,7 @@ def run_matrix(arguments: Sequence[str], cache: Path) -> int:
     for setup in MATRIX:
         outcome = "passed" if results[setup.name] == 0 else f"FAILED (status {results[setup.name]})"
         what = "the pack refuses to load" if setup.tests is REFUSED else ", ".join(setup.tests)
-        print(f"{setup.name:<14} {setup.packages[0]:<16} {what:<26} {outcome}")
+        print(f"{setup.name:<14} {setup.packages[0]:<16} {what:<38}  {outcome}")
     return max(results.values())
 
 

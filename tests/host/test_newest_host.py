@@ -6,20 +6,19 @@ import sys
 from pathlib import Path
 
 import pytest
-from hotpath_pack.devtools.newest_host import is_newest, make_newest
+from comfyui_version import __version__
+from hotpath_pack.devtools.newest_host import make_newest
+from hotpath_pack.host import NEWEST_HOST
 
 HERE = Path(__file__).parent
-# What guards a kind of thing each, of tests that every host runs.
-CHOSEN = "structure or (model and every_model) or (patches and combine)"
 
 
+@pytest.mark.skipif(__version__ != NEWEST_HOST, reason="the copy is made from the newest ComfyUI that can be installed")
 def test_blocks_of_the_newest_structure(tmp_path):
     host = Path(os.environ["COMFYUI_PATH"])
-    if is_newest(host):
-        pytest.skip("this ComfyUI has it, so that its tests run in it")
     env = {**os.environ, "COMFYUI_PATH": str(make_newest(host, tmp_path / "ComfyUI"))}
-    files = [HERE / name for name in ("test_newest_structure.py", "test_patches.py")]
-    line = [sys.executable, "-m", "pytest", "-c", HERE.parent / "pytest.ini", *files, "-k", CHOSEN, "-n", "0", "-q"]
-    done = subprocess.run(line, env=env, cwd=HERE.parent, capture_output=True, text=True, timeout=600)
+    tests = [HERE / "test_newest_structure.py", f"{HERE / 'test_patches.py'}::test_patches_combine"]
+    line = [sys.executable, "-m", "pytest", "-c", HERE.parent / "pytest.ini", *tests, "-n", "0", "-q"]
+    done = subprocess.run(line, env=env, cwd=HERE.parent, capture_output=True, text=True, timeout=850)
     assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
-    assert " passed" in done.stdout and "skipped" not in done.stdout
+    assert " passed" in done.stdout
