@@ -20,6 +20,7 @@ from .weights import Layers
 
 _DYNAMIC = ("weight", "bias")
 _PAGES = "_v"
+_PLAIN = (Tensor, nn.Parameter, type(None))
 
 
 class _Place(NamedTuple):
@@ -43,8 +44,14 @@ class Places:
         self._paged = any(_PAGES in layer.__dict__ for _, layer, _ in layers)
 
     def cover(self, weights: Mapping[str, Tensor]) -> bool:
-        """Whether all ``weights`` are the layers' own memory, and none was made for this use."""
-        known = {place.address for _, places in self._each for place in places}
+        """Whether all ``weights`` are the layers' own memory, and none was made for this use.
+
+        Tensors of another pack's class, such as those of GGUF files, may have a LoRA on them that no address tells of.
+        """
+        every = [place for _, places in self._each for place in places]
+        if not all(place.kind in _PLAIN or issubclass(place.kind, QuantizedTensor) for place in every):
+            return False
+        known = {place.address for place in every}
         return all(weight.data_ptr() in known for weight in weights.values() if weight.numel())
 
     @contextmanager
