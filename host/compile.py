@@ -356,15 +356,14 @@ class CompiledBlocks(Ledger):
 
         def make() -> Region:
             kept, why_not = None, ""
+            unkept = NotKept() if ahead and not unsupported(self.settings, device) else None
             if self.cache == "auto":
                 try:
                     kept = kept_region(name, plan.template, bind, self.settings, kinds, dtypes, device)
                 # It can be compiled all the same.
                 except Exception as reason:
                     why_not = f": {reason_of(reason)}"
-            if kept is None and ahead and not unsupported(self.settings, device):
-                kept = NotKept()
-            region = Region(name, plan.template, bind, self.settings, kind.streams, kept, LATER.add)
+            region = Region(name, plan.template, bind, self.settings, kind.streams, kept or unkept, LATER.add)
             region.stats.cache += why_not
             return region
 
