@@ -8,12 +8,13 @@ import pickle
 import struct
 import subprocess
 import sys
+import tempfile
 import threading
 from collections.abc import Callable, Hashable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from torch import nn
 
@@ -83,6 +84,7 @@ class Helper:
         self._asked: dict[Hashable, _Asked] = {}
         self._lock = threading.Lock()
         self._thread: threading.Thread | None = None
+        self._errors: IO[bytes] | None = None
 
     def ask(self, key: Hashable, job: Callable[[], Job]) -> None:
         """Have ``job`` done, unless that was asked before. One that failed is tried once more."""
@@ -145,7 +147,7 @@ class Helper:
             if not answer:
                 process.kill()
                 status = process.wait()
-                self._fail(asked, f"the helper process ended early (status {status})")
+                self._fail(asked, f"the helper process ended early (status {status}){self._last_words(status)}")
                 return
             reason = json.loads(answer)["failed"]
             if reason:
@@ -153,6 +155,14 @@ class Helper:
             else:
                 asked.state = "done"
             asked = self._next(serving=True)
+
+    def _last_words(self, status: int) -> str:
+        """What the process wrote when it ended by itself with an error."""
+        if status <= 0 or self._errors is None:
+            return ""
+        self._errors.seek(0)
+        lines = self._errors.read().decode(errors="replace").strip().splitlines()
+        return f": {lines[-1]}" if lines else ""
 
     def _fail(self, asked: _Asked, reason: str) -> None:
         log.warning("%s region was not compiled in the background: %s", asked.job.name, reason)
@@ -163,11 +173,12 @@ class Helper:
         from comfy.cli_args import args
 
         flags = {"creationflags": subprocess.CREATE_NO_WINDOW} if sys.platform == "win32" else {}
+        self._errors = tempfile.TemporaryFile()
         self.process = subprocess.Popen(
             [sys.executable, "-c", _BEGIN],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
+            stderr=self._errors,
             **flags,
         )
         assert self.process.stdin is not None
@@ -177,6 +188,8 @@ class Helper:
 
     def _end(self) -> None:
         process, self.process = self.process, None
+        if self._errors is not None:
+            self._errors.close()
         if process is None:
             return
         with suppress(OSError):
@@ -238,7 +251,11 @@ class Behind:
 
 
 def _variant(region: Region, inputs: Mapping[str, Any]) -> Hashable:
-    return region.kept and region.kept.region, tuple(tuple(tensor.shape) for tensor in tensors_in(inputs))
+    """What may need a graph of its own: batch sizes, and sizes of 1; without dynamic sizes all of them."""
+    shapes = [tuple(tensor.shape) for tensor in tensors_in(inputs)]
+    if region.settings.dynamic != "never":
+        shapes = [(*shape[:-1][:1], *(min(size, 2) for size in shape[1:])) for shape in shapes]
+    return region.kept and region.kept.region, tuple(shapes)
 
 
 def send(pipe: Any, value: Any) -> None:

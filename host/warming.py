@@ -72,6 +72,15 @@ class Warming:
     _futures: dict[str, Future[None]] = field(default_factory=dict)
     _compiling: set[str] = field(default_factory=set)
 
+    def begin(self, examples: list[Example], device: torch.device, prepare: Prepare) -> None:
+        """Have ``prepare``, a method, called for each of ``examples`` in another thread, which does not keep its
+        object."""
+        weak = weakref.WeakMethod(prepare)
+        inference = torch.is_inference_mode_enabled()
+        for example in examples:
+            work = functools.partial(_prepare, weak, example, device, inference)
+            self._futures[example.kind.name] = _WORKER.submit(_quietly, work)
+
     def wait(self, kind: BlockKind, show: Callable[[], None]) -> None:
         """Until the region of ``kind`` is ready or given up. What has not begun is left to who asks.
 
@@ -101,18 +110,6 @@ class Warming:
 def until_ready() -> None:
     """Until all is compiled that is under way."""
     _WORKER.submit(lambda: None).result()
-
-
-def warm(examples: list[Example], device: torch.device, prepare: Prepare) -> Warming:
-    """Have ``prepare``, a method, called for each of ``examples`` in another thread, which does not keep its object."""
-    weak = weakref.WeakMethod(prepare)
-    inference = torch.is_inference_mode_enabled()
-    return Warming(
-        {
-            example.kind.name: _WORKER.submit(_quietly, functools.partial(_prepare, weak, example, device, inference))
-            for example in examples
-        }
-    )
 
 
 def examples_of(

@@ -20,7 +20,7 @@ from ..hotpath.values import device_of
 from .behind import Behind, Job
 from .families.kinds import BlockKind
 from .progress import running_prompt
-from .warming import Arguments, Prepare, Warming, examples_of, warm
+from .warming import Arguments, Prepare, Warming, examples_of
 from .weights import Layers
 
 WHEN = ("wait", "background")
@@ -44,8 +44,7 @@ class When:
         prepare: Prepare,
     ) -> None:
         """Have what the ``selected`` blocks of ``model`` will need compiled; ``prepare`` gets it to ``get_ready``."""
-        examples = examples_of(model, selected, planned)
-        self._warming = warm(examples, model.load_device, prepare)
+        self._warming.begin(examples_of(model, selected, planned), model.load_device, prepare)
 
     def cancel(self) -> None:
         self._warming.cancel()
