@@ -8,7 +8,7 @@ code. A new ComfyUI is tried with it first: its blocks may have another structur
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,7 +42,7 @@ def models() -> dict[str, Callable[[], Any]]:
     return {
         "Flux.1": lambda: _load(flux),
         "Flux.2": lambda: _load(checkpoints.flux2(2, 2)),
-        "Chroma": lambda: _load(checkpoints.chroma(2, 2)),
+        "Chroma": lambda: _load(checkpoints.chroma(1, 1)),
         "Flux.1 in fp8": lambda: _load(checkpoints.quantized(flux, "float8_e4m3fn")),
         "Flux.1 in int8": lambda: _load(checkpoints.quantized(flux, "int8_tensorwise")),
         "Flux.1 with a LoRA": lambda: _with_lora(_load(flux), flux),
@@ -70,11 +70,9 @@ def examine(name: str, make: Callable[[], Any]) -> Row:
     return Row(name, dict(blocks.compiled), {reason: sorted(which) for reason, which in blocks.eager.items()})
 
 
-def table(rows: Sequence[Row]) -> str:
-    """``rows`` as aligned text, with a heading."""
-    lines = [("model", "blocks compiled", "eager, and why"), *(line for row in rows for line in row.lines())]
-    widths = [max(len(line[column]) for line in lines) for column in (0, 1)]
-    return "\n".join(f"{line[0]:<{widths[0]}}  {line[1]:<{widths[1]}}  {line[2]}" for line in lines)
+def text(lines: Iterable[tuple[str, str, str]]) -> str:
+    """``lines`` of one table, aligned."""
+    return "\n".join(f"{name:<38}{counts:<22}{reason}" for name, counts, reason in lines)
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -82,7 +80,9 @@ def main(arguments: Sequence[str]) -> int:
     from comfyui_version import __version__
 
     print(f"ComfyUI {__version__}, PyTorch {torch.__version__}: what would run eager", flush=True)
-    print(table([examine(name, make) for name, make in models().items()]), flush=True)
+    print(text([("model", "blocks compiled", "eager, and why")]), flush=True)
+    for name, make in models().items():
+        print(text(examine(name, make).lines()), flush=True)
     return 0
 
 
