@@ -14,18 +14,18 @@ import logging
 import time
 import types
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._dynamo.exc import FailOnRecompileLimitHit
+from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
 from torch.func import functional_call
 
 from .artifacts import Kept, NotKept
 from .counters import breaks_since, breaks_so_far, graphs_so_far, guard_failures
 from .failures import CompiledCodeFailed, RegionFailed, belongs_to_host, reason_of, went_through
-from .graphs import Graph, NotAhead, compile_graph, load_graph
+from .graphs import Graph, compile_graph, load_graph
 from .inductor import forget_compiler, may_lack_instructions, region_options, trust_compiler
 from .limits import compiling
 from .memory import peak_bytes
@@ -33,6 +33,7 @@ from .reasons import THROWN_AWAY, plain_reason
 from .settings import CompileSettings
 from .starting import start_workers
 from .stats import NO_COST, Cost, RegionStats
+from .toolchain import named_user
 from .values import Copies, device_of, mark_dynamic, tensors_in, varying_dims
 
 log = logging.getLogger(__name__)
@@ -82,7 +83,8 @@ class Region:
 
         self._region: Any = region
         self._dynamic = False if settings.dynamic == "never" else None
-        self._use(probe=False)
+        with named_user():
+            self._use(probe=False)
         self._limit = settings.graph_limit(streams)
         self._kept = kept
         self._closure = {"template": template, "bind": bind}
@@ -157,9 +159,12 @@ class Region:
                 return graph
         return None
 
+    def _compiling(self) -> AbstractContextManager[None]:
+        return compiling(self._limit, any_size=self.settings.dynamic == "always")
+
     def find(self, weights: dict[str, Tensor], inputs: dict[str, Any]) -> bool:
         """Whether there is code for these arguments; what is stored by now is loaded where there was none."""
-        with compiling(self._limit):
+        with self._compiling():
             if self.graph_for(weights, inputs) is not None:
                 return True
             if found := self.loads(weights, inputs):
@@ -175,7 +180,7 @@ class Region:
     ) -> None:
         """Load or compile what ``run`` would need for these arguments, whose data is not looked at; nothing runs, and
         without ``kept`` nothing is prepared. Raises what compiling raises; ``run`` then tries anew."""
-        with compiling(self._limit):
+        with self._compiling():
             known = self.graph_for(weights, inputs) is not None
             if self._kept is None or known or (not self._graphs and self.find(weights, inputs)):
                 return
@@ -235,7 +240,7 @@ class Region:
         with suppress(_Uncompiled):
             return self._run_proven(weights, inputs, dynamic_dims), NO_COST
         # Not before, since another thread's compiling may take long.
-        with compiling(self._limit):
+        with self._compiling():
             with suppress(_Uncompiled):
                 return self._run_proven(weights, inputs, dynamic_dims), NO_COST
             return self._run_new(weights, inputs, before_compiling)
@@ -258,17 +263,22 @@ class Region:
         """Run the block by code that is not known to work, which is loaded or compiled where it is missing."""
         ahead, self._ahead = self._ahead, NO_COST
         load_seconds = ahead.load_seconds
-        if not self.compiled and not self._graphs and self.loads(weights, inputs):
-            load_seconds = self.stats.load_seconds
-        graph, first = self.graph_for(weights, inputs), not self.compiled
-        graphs, breaks = graphs_so_far(), breaks_so_far()
-        peak = peak_bytes(device_of(inputs)) if first else 0
-        self._guard_failure, failures = "", len(guard_failures(self._code))
-        if graph is None and (first or self.settings.fullgraph):
-            before_compiling()
-        started = time.perf_counter()
-        # Blocks update their inputs in place, and what fails may have done so by half.
-        copies = Copies(inputs)
+        try:
+            if not self.compiled and not self._graphs and self.loads(weights, inputs):
+                load_seconds = self.stats.load_seconds
+            graph, first = self.graph_for(weights, inputs), not self.compiled
+            graphs, breaks = graphs_so_far(), breaks_so_far()
+            peak = peak_bytes(device_of(inputs)) if first else 0
+            self._guard_failure, failures = "", len(guard_failures(self._code))
+            if graph is None and (first or self.settings.fullgraph):
+                before_compiling()
+            started = time.perf_counter()
+            # Blocks update their inputs in place, and what fails may have done so by half.
+            copies = Copies(inputs)
+        except RegionFailed:
+            raise
+        except Exception as error:
+            raise RegionFailed(self.name, reason_of(error)) from error
         try:
             out = self._run_once(graph, weights, inputs)
         except RegionFailed:
@@ -373,8 +383,11 @@ class Region:
             start_workers(device_of(inputs))
             facts = self._kept.facts()
             made = compile_graph(self._function, self._closure, weights, inputs, sizes, self._options, self._dynamic)
-        except NotAhead as reason:
-            self._keep_no_more(str(reason))
+        except (TorchDynamoException, FailOnRecompileLimitHit):
+            raise
+        # Without it the block can be compiled all the same.
+        except Exception as reason:
+            self._keep_no_more(reason_of(reason))
             return None, None
         self._graphs.append(made)
         return made, facts

@@ -23,7 +23,7 @@ def breaks_so_far() -> int:
 def breaks_since(breaks: int) -> list[str]:
     """Where and why graphs broke after the first ``breaks`` of this process."""
     reasons = utils.graph_break_reasons[breaks:]
-    return [f"{reason.reason.splitlines()[0]}{source_line(reason.user_stack)}" for reason in reasons]
+    return [f"{next(iter(reason.reason.splitlines()), '')}{source_line(reason.user_stack)}" for reason in reasons]
 
 
 def source_line(stack: Sequence[FrameSummary]) -> str:

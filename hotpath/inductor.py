@@ -10,6 +10,7 @@ from torch._inductor.cpu_vec_isa import supported_vec_isa_list, valid_vec_isa_li
 from torch._inductor.exc import CppCompileError
 
 from .plain_forms import plain_forms
+from .toolchain import forget_toolchain
 
 _FIRST_PASS = "pre_grad_custom_pass"
 _TRUSTED = "cpp.vec_isa_ok"
@@ -55,13 +56,15 @@ def trust_compiler() -> None:
 
 
 def may_lack_instructions(error: BaseException) -> bool:
-    """Whether ``error`` may be that of code for an instruction set that the C++ compiler lacks."""
+    """Whether ``error`` may be that of code for an instruction set that the C++ compiler lacks, or of a compiler or a
+    file of its that is gone."""
     inner = getattr(error, "inner_exception", error)
-    return isinstance(inner, (CppCompileError, ImportError, OSError))
+    return isinstance(inner, (CppCompileError, ImportError, OSError, UnicodeDecodeError))
 
 
 def forget_compiler() -> None:
-    """Have Inductor ask anew what the C++ compiler has."""
+    """Have Inductor ask anew what the C++ compiler has, and where it is."""
+    forget_toolchain()
     for kind in supported_vec_isa_list:
         for found in _FOUND:
             vars(kind).pop(found, None)

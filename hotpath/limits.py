@@ -4,28 +4,37 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 from torch._dynamo import config
+from torch.fx.experimental import _config as shapes
+
+from .toolchain import named_user
 
 # Dynamo's tracing and Inductor have state of the process, and a host with several GPUs runs regions in several threads.
 _lock = threading.RLock()
+_ANY_SIZE = "backed_size_oblivious"
+# PyTorch 2.8 and newer.
+ANY_SIZE = hasattr(shapes, _ANY_SIZE)
 
 
 @contextmanager
-def compiling(limit: int | None = None) -> Iterator[None]:
+def compiling(limit: int | None = None, any_size: bool = False) -> Iterator[None]:
     """Compile, or read compiled code, while no other thread does.
 
     With ``limit`` a code object may have that many graphs and the next raises, with fullgraph or without, and what
     fails to compile raises too, though another pack may have asked PyTorch to go on without a word. Dynamo's settings
     belong to the thread in PyTorch 2.12 and newer and to the process before.
 
+    ``any_size``: a dynamic size of 1 gets no graph of its own, where PyTorch can do that.
+
     Raises:
         FailOnRecompileLimitHit: from the compiled code within, at its limit.
     """
-    with _lock:
+    with _lock, named_user():
         if limit is None:
             yield
             return
         with config.patch(recompile_limit=limit, fail_on_recompile_limit_hit=True, suppress_errors=False):
-            yield
+            with shapes.patch(**{_ANY_SIZE: True}) if any_size and ANY_SIZE else nullcontext():
+                yield

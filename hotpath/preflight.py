@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import sys
 from collections.abc import Collection
 from pathlib import Path
 
 import torch
-from torch._inductor import cpp_builder
 from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 from torch.utils._triton import has_triton_package
+
+from .toolchain import cpp_compiler, named_user
 
 # Triton generates code for compute capability 7.0 (Volta) and later.
 _OLDEST_CUDA = (7, 0)
@@ -20,6 +22,8 @@ _OLDEST_FP8 = (8, 9)
 _FP8 = frozenset({torch.float8_e4m3fn, torch.float8_e5m2})
 # Windows refuses paths of 260 characters; Inductor and Triton add up to 180 to their cache folder.
 _LONGEST_WINDOWS_CACHE = 80
+# A region of Flux leaves a few MB there, and its compiler twice that while it works.
+_LEAST_FREE = 16 << 20
 
 
 def compile_problems(backend: str, device: torch.device, dtypes: Collection[torch.dtype] = ()) -> list[str]:
@@ -31,10 +35,13 @@ def compile_problems(backend: str, device: torch.device, dtypes: Collection[torc
         return ["torch.compile is switched off in this process. Start ComfyUI without TORCHDYNAMO_DISABLE"]
     if backend != "inductor":
         return []
-    cache = Path(os.environ.get("TORCHINDUCTOR_CACHE_DIR") or default_cache_dir())
+    with named_user():
+        cache = Path(os.environ.get("TORCHINDUCTOR_CACHE_DIR") or default_cache_dir())
     problems = [_cache_problem(cache, sys.platform)]
     if device.type == "cpu":
-        problems.append(_cpp_problem())
+        with named_user():
+            # Precompiled headers lie in the one that PyTorch would choose, whatever is set.
+            problems += [_cpp_problem(), _spaces_problem(sys.platform, cache, Path(default_cache_dir()))]
     else:
         problems.append(_triton_problem(sys.platform, has_triton_package()) or _launch_problem())
     if device.type == "cuda" and torch.version.cuda is not None:
@@ -45,12 +52,23 @@ def compile_problems(backend: str, device: torch.device, dtypes: Collection[torc
 
 def _cpp_problem() -> str | None:
     try:
-        cpp_builder.get_cpp_compiler()
+        cpp_compiler()
     except RuntimeError:
         return (
             "no C++ compiler was found, which Inductor needs for the CPU. Install g++ or clang++ (Windows: Visual "
             "Studio Build Tools with C++), or set CXX to the one you have"
         )
+    return None
+
+
+def _spaces_problem(system: str, *folders: Path) -> str | None:
+    """Inductor takes its own compiler commands apart at spaces; on Windows it quotes."""
+    for folder in folders:
+        if system != "win32" and re.search(r"\s", str(folder)):
+            return (
+                f"the compiler's folder {folder} has a space in its path, which Inductor can't work with. Set "
+                "TORCHINDUCTOR_CACHE_DIR and TMPDIR to folders without one"
+            )
     return None
 
 
@@ -106,11 +124,16 @@ def _cache_problem(folder: Path, system: str) -> str | None:
         )
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        writable = os.access(folder, os.W_OK)
+        if not os.access(folder, os.W_OK):
+            raise PermissionError
+        free = shutil.disk_usage(folder).free
     except OSError:
-        writable = False
-    if not writable:
         return (
             f"the compiler's cache folder {folder} can't be written. Set TORCHINDUCTOR_CACHE_DIR to a folder that can"
+        )
+    if free < _LEAST_FREE:
+        return (
+            f"the disk of the compiler's cache folder {folder} is full. Make room, or set TORCHINDUCTOR_CACHE_DIR to a "
+            "folder on another"
         )
     return None

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 
-def as_size(count: int, like: Tensor, dynamic: bool) -> Tensor | int:
+def as_size(count: int | None, like: Tensor, dynamic: bool) -> Tensor | int | None:
     """A tensor of shape (count,) and one element of memory on ``like``'s device. 0 and 1 stay integers, as Dynamo
-    never makes a size of 0 or 1 symbolic."""
-    if count < 2:
+    never makes a size of 0 or 1 symbolic, and so does what is no count: None for up to the end."""
+    if count is None or count < 2:
         return count
     size = like.new_empty(()).expand(count)
     if dynamic:
@@ -21,6 +21,6 @@ def as_size(count: int, like: Tensor, dynamic: bool) -> Tensor | int:
     return size
 
 
-def from_size(size: Tensor | int) -> int:
+def from_size(size: Tensor | int | None) -> int | None:
     """The count of ``as_size``, symbolic while tracing."""
-    return size if isinstance(size, int) else size.shape[0]
+    return size.shape[0] if isinstance(size, Tensor) else size

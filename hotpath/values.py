@@ -68,8 +68,11 @@ def mark_dynamic(
         for name, dims in weight_dims.items():
             torch._dynamo.maybe_mark_dynamic(weights[name], list(dims))
     if dynamic == "always":
-        for tensor in tensors_in(inputs):
-            if tensor.ndim:
+        tensors = tensors_in(inputs)
+        batch = max((tensor.shape[0] for tensor in tensors if tensor.ndim), default=0)
+        for tensor in tensors:
+            # A mask or an embedding that all images share stays one.
+            if tensor.ndim and tensor.shape[0] == batch:
                 torch._dynamo.maybe_mark_dynamic(tensor, 0)
 
 

@@ -8,9 +8,10 @@ import torch
 from hotpath_pack.hotpath.attention import AttentionMismatch, attention_scope, opaque_attention
 from hotpath_pack.hotpath.backends import available_backends
 from hotpath_pack.hotpath.compiled import Region
-from hotpath_pack.hotpath.failures import RegionFailed
+from hotpath_pack.hotpath.failures import CompiledCodeFailed, RegionFailed
 from hotpath_pack.hotpath.inductor import region_options
-from hotpath_pack.hotpath.limits import compiling
+from hotpath_pack.hotpath.limits import ANY_SIZE, compiling
+from hotpath_pack.hotpath.reasons import THROWN_AWAY
 from hotpath_pack.hotpath.region_store import RegionStore
 from hotpath_pack.hotpath.settings import MODES, CompileSettings, CompileSettingsError
 from hotpath_pack.hotpath.values import input_kinds, tensors_in
@@ -79,11 +80,63 @@ def test_a_new_batch_size_costs_one_graph_then_none_and_says_why():
     assert compiled.stats.recompiles == ["batch size changed from 1 to 2"]
 
 
-def test_always_makes_the_batch_dynamic_from_the_start(one_compile_only):
+@pytest.mark.parametrize("batches", [(1, 2, 3, 5), (2, 1, 3), (3, 1)])
+def test_always_makes_the_batch_dynamic_from_the_start(batches):
     compiled = region(dataclasses.replace(SETTINGS, dynamic="always"))
-    for batch in (2, 3, 5):
-        compiled(weights(), {"x": torch.randn(batch, 4, 8)}, DIMS)
-    assert compiled.stats.graphs == 1
+    for batch in batches:
+        w, x = weights(), torch.randn(batch, 4, 8)
+        want = expected(w, x)
+        torch.testing.assert_close(compiled(w, {"x": x}, DIMS), want)
+    assert compiled.stats.graphs == (1 if ANY_SIZE else 2), compiled.stats.recompiles
+
+
+def test_always_lets_what_all_images_share_stay_one():
+    compiled = region(dataclasses.replace(SETTINGS, dynamic="always"))
+    for batch in (2, 3, 1, 2):
+        w, x, scale = weights(), torch.randn(batch, 4, 8), torch.randn(1, 1, 8)
+        want = expected(w, x) * scale
+        torch.testing.assert_close(compiled(w, {"x": x, "scale": scale}, DIMS), want)
+    assert compiled.stats.graphs <= 2, compiled.stats.recompiles
+
+
+def test_code_that_another_pack_has_dropped_is_made_again_and_that_is_said():
+    compiled = region()
+    for _ in range(2):
+        compiled(weights(), {"x": torch.randn(1, 4, 8)}, DIMS)
+        torch._dynamo.reset()
+    assert compiled.stats.recompiles == [THROWN_AWAY]
+
+
+class _Own(Exception):
+    pass
+
+
+def test_code_that_fails_when_it_first_runs_leaves_the_inputs_as_they_were():
+    state = {"error": _Own("no such kernel")}
+
+    def half(graph, inputs):
+        def run(*arguments):
+            out = graph.forward(*arguments)
+            if state["error"] is not None:
+                raise state["error"]
+            return out
+
+        return run
+
+    torch._dynamo.register_backend(name="hotpath_half")(half)
+    compiled = region(dataclasses.replace(SETTINGS, backend="hotpath_half"))
+    x = torch.ones(1, 4, 8)
+    with pytest.raises(CompiledCodeFailed, match="no such kernel"):
+        compiled(weights(), {"x": x}, DIMS)
+    assert torch.equal(x, torch.ones(1, 4, 8))
+    state["error"] = torch.OutOfMemoryError("CUDA out of memory")
+    with pytest.raises(torch.OutOfMemoryError):
+        compiled(weights(), {"x": x}, DIMS)
+    state["error"] = None
+    compiled(weights(), {"x": x}, DIMS)
+    state["error"] = _Own("of the computation")
+    with pytest.raises(_Own):
+        compiled(weights(), {"x": x}, DIMS)
 
 
 def test_regions_share_neither_cache_nor_recompile_limit():

@@ -1,0 +1,59 @@
+"""What Inductor takes for granted about the machine that it compiles on, and what of it may change meanwhile."""
+
+from __future__ import annotations
+
+import getpass
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import lru_cache
+
+# The type of what functools.cache makes, which has no public name.
+_CACHED = type(lru_cache(len))
+
+
+@contextmanager
+def named_user() -> Iterator[None]:
+    """A scope in which the user of this process has a name, which Inductor makes folders of.
+
+    Containers often run as a number alone, and Python asks these variables first.
+    """
+    if _has_name():
+        yield
+        return
+    os.environ["USER"] = str(os.getuid())
+    try:
+        yield
+    finally:
+        os.environ.pop("USER", None)
+
+
+def _has_name() -> bool:
+    try:
+        getpass.getuser()
+    # Which of them depends on the version of Python.
+    except (KeyError, OSError, ImportError):
+        return False
+    return True
+
+
+def forget_toolchain() -> None:
+    """Have Inductor look anew for the compiler and for files that it made before, which a cleaner may have taken."""
+    from torch._inductor import codecache, cpp_builder, cpu_vec_isa
+
+    for module in (codecache, cpp_builder, cpu_vec_isa):
+        for known in vars(module).values():
+            if isinstance(known, _CACHED):
+                known.cache_clear()
+
+
+def cpp_compiler() -> str:
+    """The C++ compiler that Inductor uses, looked for anew where the one of before is gone. Raises RuntimeError."""
+    from torch._inductor import cpp_builder
+
+    found = cpp_builder.get_cpp_compiler()
+    if shutil.which(found) is None:
+        forget_toolchain()
+        found = cpp_builder.get_cpp_compiler()
+    return found
