@@ -46,6 +46,11 @@ _TERMS = {
         "Without compiled code, as ComfyUI runs the blocks without this node: the same image, not as fast. The reason "
         "is named.",
     ),
+    "did not run": (
+        r"did not run: ",
+        "Another node gave the step's result without these blocks, as a step cache does, or ran something else in "
+        "their place. Such steps are not timed.",
+    ),
     "cache": (
         r"\bcache\b",
         "Compiled blocks are kept for the next start of ComfyUI. A miss names what differs from when they were kept.",
@@ -69,7 +74,11 @@ def report() -> dict[str, Any]:
                 "regions": [_region(region) for region in blocks.regions],
                 "compiled_blocks": dict(blocks.compiled),
                 "cuda_graphs": blocks.replays.told(),
+                "blocks": blocks.account.counts,
                 "eager": {reason: sorted(names) for reason, names in blocks.eager.items()},
+                "not_run": {reason: sorted(names) for reason, names in blocks.not_run.items()},
+                "calls": blocks.calls,
+                "calls_without": blocks.calls_without,
             }
             for blocks in list(LATEST.values())
         ],
@@ -137,6 +146,8 @@ def _lines(blocks: CompiledBlocks) -> list[str]:
     lines = [
         blocks.summary() or "Nothing has been sampled with this MODEL yet. Connect the sampler's output to `after`."
     ]
+    if blocks.calls:
+        lines.append(f"The last step: {blocks.account.line()}")
     for region in blocks.regions:
         stats = region.stats
         lines.append(

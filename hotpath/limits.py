@@ -9,7 +9,7 @@ from contextlib import contextmanager, nullcontext
 from torch._dynamo import config
 from torch.fx.experimental import _config as shapes
 
-from .toolchain import named_user
+from .toolchain import keep_device_guard, named_user
 
 # Dynamo's tracing and Inductor have state of the process, and a host with several GPUs runs regions in several threads.
 _lock = threading.RLock()
@@ -32,6 +32,7 @@ def compiling(limit: int | None = None, any_size: bool = False) -> Iterator[None
         FailOnRecompileLimitHit: from the compiled code within, at its limit.
     """
     with _lock, named_user():
+        keep_device_guard()
         if limit is None:
             yield
             return

@@ -69,9 +69,9 @@ def mark_dynamic(
             torch._dynamo.maybe_mark_dynamic(weights[name], list(dims))
     if dynamic == "always":
         tensors = tensors_in(inputs)
-        batch = max((tensor.shape[0] for tensor in tensors if tensor.ndim), default=0)
+        batch = max((tensor.shape[0] for tensor in tensors if tensor.ndim > 2), default=0)
         for tensor in tensors:
-            # A mask or an embedding that all images share stays one.
+            # A mask or an embedding that all images share stays one, and a count that travels as a size is no batch.
             if tensor.ndim and tensor.shape[0] == batch:
                 torch._dynamo.maybe_mark_dynamic(tensor, 0)
 

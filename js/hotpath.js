@@ -12,6 +12,7 @@ const SECOND = (value) => (value < 0.995 ? `${Math.max(1, Math.round(value * 100
 const FACTS = {
   region: ["Region"],
   blocks: ["Blocks"],
+  ran: ["Ran"],
   graphs: ["Graphs"],
   compile_seconds: ["Compiling took", SECOND],
   load_seconds: ["Loading took", SECOND],
@@ -26,6 +27,7 @@ const STATES = {
   compiled: ["●", "Compiled"],
   recompiled: ["●", "Compiled again"],
   eager: ["▲", "Runs eager"],
+  skipped: ["○", "Blocks did not run"],
   stopped: ["■", "Stopped"],
   done: ["●", "Done"],
 };

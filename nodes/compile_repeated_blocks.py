@@ -82,8 +82,7 @@ class CompileRepeatedBlocks(io.ComfyNode):
                     default="eager",
                     advanced=True,
                     tooltip="When something can't be compiled. eager: go on without, slower, and say why on the node "
-                    "and in the log. error: end the prompt with the reason. Without fullgraph it always ends, as "
-                    "part of a block may have run by then.",
+                    "and in the log. error: end the prompt with the reason.",
                 ),
                 io.Combo.Input(
                     "cache",
