@@ -23,13 +23,13 @@ from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
 from torch.func import functional_call
 
 from .artifacts import Kept, NotKept
-from .counters import breaks_since, breaks_so_far, graphs_so_far, guard_failures
-from .failures import CompiledCodeFailed, RegionFailed, belongs_to_host, reason_of, went_through
+from .counters import breaks_since, breaks_so_far, graphs_so_far, guard_failures, why_compiled_again
+from .failures import RegionFailed, Uncompiled, belongs_to_host, failure_of, reason_of, went_through
 from .graphs import Graph, compile_graph, load_graph
 from .inductor import forget_compiler, may_lack_instructions, region_options, trust_compiler
 from .limits import compiling
 from .memory import peak_bytes
-from .reasons import THROWN_AWAY, plain_reason
+from .reasons import plain_reason
 from .settings import CompileSettings
 from .starting import start_workers
 from .stats import NO_COST, Cost, RegionStats
@@ -42,13 +42,6 @@ _NUMBERS = itertools.count()
 
 Bind = Callable[[Mapping[str, Any]], Mapping[str, Any]]
 """Turns a region's inputs into the keyword arguments of the block's forward. Traced with the region."""
-
-
-class _Uncompiled(Exception):
-    """PyTorch runs the function that was to be compiled as it is. Nothing of the block has run."""
-
-    def __str__(self) -> str:
-        return "PyTorch left it as it is, as torch.compiler.set_stance of another node or a switch of PyTorch asks"
 
 
 class Region:
@@ -77,7 +70,7 @@ class Region:
 
         def region(weights: dict[str, Tensor], inputs: dict[str, Any]) -> Any:
             if not torch.compiler.is_compiling():
-                raise _Uncompiled
+                raise Uncompiled
             # Defaults that are left out would be two more dependencies of each graph.
             return functional_call(template, weights, (), dict(bind(inputs)), tie_weights=True, strict=False)
 
@@ -237,25 +230,25 @@ class Region:
         Raises:
             RegionFailed: no code could be had, or it failed when it first ran. The inputs are as they were.
         """
-        with suppress(_Uncompiled):
+        with suppress(Uncompiled):
             return self._run_proven(weights, inputs, dynamic_dims), NO_COST
         # Not before, since another thread's compiling may take long.
         with self._compiling():
-            with suppress(_Uncompiled):
+            with suppress(Uncompiled):
                 return self._run_proven(weights, inputs, dynamic_dims), NO_COST
             return self._run_new(weights, inputs, before_compiling)
 
     def _run_proven(
         self, weights: dict[str, Tensor], inputs: dict[str, Any], dynamic_dims: Mapping[str, Sequence[int]]
     ) -> Any:
-        """Run the block by code that has run before, whose errors are none of ours. Raises _Uncompiled without any."""
+        """Run the block by code that has run before, whose errors are none of ours. Raises Uncompiled without any."""
         graph = self.proven_graph(weights, inputs)
         if graph is not None:
             return graph(weights, inputs)
         mark_dynamic(weights, inputs, self._varying, dynamic_dims, self.settings.dynamic)
         if self._has_run and self.settings.fullgraph:
             return self._compiled_before(weights, inputs)
-        raise _Uncompiled
+        raise Uncompiled
 
     def _run_new(
         self, weights: dict[str, Tensor], inputs: dict[str, Any], before_compiling: Callable[[], None]
@@ -278,7 +271,7 @@ class Region:
         except RegionFailed:
             raise
         except Exception as error:
-            raise RegionFailed(self.name, reason_of(error)) from error
+            raise failure_of(self.name, error) from error
         try:
             out = self._run_once(graph, weights, inputs)
         except RegionFailed:
@@ -287,7 +280,8 @@ class Region:
         except FailOnRecompileLimitHit as error:
             copies.restore()
             self.stats.limit_reached = True
-            reason = f"the limit of {self._limit} graphs was reached; last {self._why_compiled_again(failures)}"
+            last = why_compiled_again(self._code, failures, self._guard_failure)
+            reason = f"the limit of {self._limit} graphs was reached; last {last}"
             raise RegionFailed(self.name, reason) from error
         made = graphs_so_far() - graphs
         if not made and not first:
@@ -303,7 +297,7 @@ class Region:
             self.compiled = True
             log.info("%s region compiled in %.1f s (%s)", self.name, seconds, self.settings.backend)
             return out, Cost(seconds, load_seconds)
-        reason = self._why_compiled_again(failures)
+        reason = why_compiled_again(self._code, failures, self._guard_failure)
         self.stats.recompiles.append(reason)
         log.info("%s region compiled again in %.1f s: %s", self.name, seconds, reason)
         return out, Cost(seconds, load_seconds, (reason,))
@@ -337,14 +331,14 @@ class Region:
             self._use(probe=self._probed or lacking)
             if lacking:
                 return self._run_once(None, weights, inputs)
-            raise (CompiledCodeFailed if ran else RegionFailed)(self.name, reason_of(error)) from error
+            raise failure_of(self.name, error, ran) from error
         try:
             out = graph(weights, inputs)
         except Exception as error:
             if belongs_to_host(error):
                 raise
             self._graphs.remove(graph)
-            raise CompiledCodeFailed(self.name, reason_of(error)) from error
+            raise failure_of(self.name, error, ran=True) from error
         graph.has_run = True
         for prepared in [prepared for prepared in self._prepared if prepared[0] is graph]:
             self._prepared.remove(prepared)
@@ -353,14 +347,6 @@ class Region:
             # Only now, as Triton chooses between variants of a kernel when it first runs.
             self._later(functools.partial(self._keep, graph, facts))
         return out
-
-    def _why_compiled_again(self, failures: int) -> str:
-        """The reason in plain words; ``failures`` of guards are older than this graph."""
-        told = guard_failures(self._code)[failures:]
-        log.debug("%s region: Dynamo's guards that failed: %s %s", self.name, self._guard_failure, told)
-        if self._guard_failure:
-            return plain_reason(self._guard_failure)
-        return plain_reason(told[-1]) if told else THROWN_AWAY
 
     def _compile_ahead(
         self, weights: dict[str, Tensor], inputs: dict[str, Any]

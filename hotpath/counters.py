@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from traceback import FrameSummary
 from types import CodeType
 
 from torch._dynamo import utils
+
+from .reasons import THROWN_AWAY, plain_reason
+
+log = logging.getLogger(__name__)
 
 
 def graphs_so_far() -> int:
@@ -34,3 +39,11 @@ def source_line(stack: Sequence[FrameSummary]) -> str:
 def guard_failures(code: CodeType) -> list[str]:
     """Why Dynamo compiled ``code`` again each time, in its own words."""
     return [told.partition(": ")[2] or told for told in utils.guard_failures.get(code, ())]
+
+
+def why_compiled_again(code: CodeType, older: int, ahead: str) -> str:
+    """In plain words, why ``code`` was compiled again: by what a graph compiled ahead of time said, or by the guards
+    that failed since there were ``older``."""
+    told = [ahead] if ahead else guard_failures(code)[older:]
+    log.debug("%s was compiled again: %s", code.co_name, told)
+    return plain_reason(told[-1]) if told else THROWN_AWAY

@@ -12,6 +12,13 @@ from .counters import source_line
 from .reasons import first_useful_line
 
 
+class Uncompiled(Exception):
+    """PyTorch runs the function that was to be compiled as it is. Nothing of the block has run."""
+
+    def __str__(self) -> str:
+        return "PyTorch left it as it is, as torch.compiler.set_stance of another node or a switch of PyTorch asks"
+
+
 class RegionFailed(RuntimeError):
     """No compiled code could be had for a block. Its inputs are as they were. The cause is the error behind it."""
 
@@ -55,3 +62,8 @@ def reason_of(error: BaseException) -> str:
     # What a backend raised says more than Dynamo's sentence around it.
     inner = getattr(error, "inner_exception", error)
     return first_useful_line(inner) + source_line(getattr(error, "real_stack", ()) or ())
+
+
+def failure_of(name: str, error: BaseException, ran: bool = False) -> RegionFailed:
+    """What to raise from ``error``, which came from getting code for the region ``name``, or as it ``ran``."""
+    return (CompiledCodeFailed if ran else RegionFailed)(name, reason_of(error))

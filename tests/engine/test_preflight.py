@@ -1,9 +1,14 @@
+import getpass
+import os
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
-from hotpath_pack.hotpath import preflight
-from hotpath_pack.hotpath.reasons import plain_reason
+from hotpath_pack.hotpath import preflight, toolchain
+from hotpath_pack.hotpath.reasons import first_useful_line, plain_reason
 
 
 def test_this_machine_can_compile_for_its_cpu():
@@ -33,6 +38,73 @@ def test_a_cache_folder_that_cannot_be_written_is_named(tmp_path, monkeypatch):
 def test_a_path_too_long_for_windows(tmp_path):
     assert "too long a path for Windows" in preflight._cache_problem(Path("C:/" + "x" * 90), "win32")
     assert preflight._cache_problem(tmp_path, "linux") is None
+
+
+def test_a_space_in_the_path_is_named_where_inductor_stumbles_over_it(tmp_path):
+    odd = tmp_path / "a b" / "日本"
+    assert "has a space in its path" in preflight._spaces_problem("linux", tmp_path, odd)
+    assert preflight._spaces_problem("linux", tmp_path / "日本") is None
+    assert preflight._spaces_problem("win32", odd) is None
+
+
+def test_a_full_disk_is_named(tmp_path, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)._replace(free=0)
+    monkeypatch.setattr(preflight.shutil, "disk_usage", lambda folder: usage)
+    assert "is full. Make room" in preflight._cache_problem(tmp_path, "linux")
+
+
+def test_a_compiler_that_has_left_the_path_is_named(monkeypatch):
+    assert preflight._cpp_problem() is None
+    monkeypatch.setenv("PATH", "/nonexistent")
+    assert "no C++ compiler was found" in preflight._cpp_problem()
+    monkeypatch.undo()
+    toolchain.forget_toolchain()
+    assert preflight._cpp_problem() is None
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no passwd")
+def test_a_user_without_a_name_gets_one_for_as_long_as_it_is_needed(monkeypatch):
+    import pwd
+
+    def gone(uid):
+        raise KeyError(f"getpwuid(): uid not found: {uid}")
+
+    monkeypatch.setattr(pwd, "getpwuid", gone)
+    for name in ("LOGNAME", "USER", "LNAME", "USERNAME"):
+        monkeypatch.delenv(name, raising=False)
+    with toolchain.named_user():
+        assert getpass.getuser() == str(os.getuid())
+    assert "USER" not in os.environ
+    assert preflight.compile_problems("inductor", torch.device("cpu")) == []
+
+
+@pytest.mark.parametrize(
+    "output, line",
+    [
+        (
+            b"In file included from x.h\nx.cpp:1:1: fatal error: omp.h: No such file or directory\n",
+            "fatal error: omp.h",
+        ),
+        ("x.cpp:1: Fehler: \u00fcber\ng++: error: nein".encode("latin-1"), "g++: error: nein"),
+        (b"as: No space left on device\n", "No space left on device"),
+    ],
+)
+def test_a_compilers_own_first_useful_line_is_the_reason(output, line):
+    try:
+        try:
+            raise subprocess.CalledProcessError(1, "g++", output=output)
+        except subprocess.CalledProcessError:
+            output.decode("utf-8")
+            raise
+    except (subprocess.CalledProcessError, UnicodeDecodeError) as error:
+        said = first_useful_line(error)
+    assert said.startswith("the compiler says: ") and line in said and "C++ compile error" not in said
+
+
+def test_the_reason_of_a_full_disk():
+    assert first_useful_line(OSError(28, "No space left on device", "/tmp/x")) == (
+        "no space is left on the disk for /tmp/x"
+    )
 
 
 @pytest.mark.parametrize("system, package", [("win32", "triton-windows"), ("linux", "triton")])
