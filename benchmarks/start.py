@@ -251,7 +251,9 @@ def main(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser()
     parser.add_argument("given", type=json.loads)
     given = parser.parse_args(arguments).given
-    told = {name: tuple(value) if isinstance(value, list) else value for name, value in given["shape"].items()}
+    told: dict[str, Any] = {
+        name: tuple(value) if isinstance(value, list) else value for name, value in given["shape"].items()
+    }
     print(json.dumps(_run(Side(**given["side"]), Shape(**told), Path(given["checkpoint"]), Path(given["user"]))))
     return 0
 

@@ -172,14 +172,14 @@ class Helper:
     def _start(self) -> None:
         from comfy.cli_args import args
 
-        flags = {"creationflags": subprocess.CREATE_NO_WINDOW} if sys.platform == "win32" else {}
         self._errors = tempfile.TemporaryFile()
         self.process = subprocess.Popen(
             [sys.executable, "-c", _BEGIN],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._errors,
-            **flags,
+            # Windows would open a console.
+            creationflags=getattr(subprocess, "CREATE_NO_WINDOW", 0),
         )
         assert self.process.stdin is not None
         first = json.dumps([[str(entry) for entry in sys.path], _PACK, str(_ROOT)])
