@@ -4,6 +4,7 @@
     python -m benchmarks.gpu --start [--blocks DOUBLE SINGLE] [--rounds N] [--sides NAME ...] [--json FILE]
     python -m benchmarks.gpu --card 8 12 16 24 [--resident] [--json FILE]
     python -m benchmarks.gpu --small [--shapes NAME ...] [--sizes N ...] [--sides NAME ...] [--json FILE]
+    python -m benchmarks.gpu --family NAME [--layers N] [--formats NAME] [--json FILE]
 
 Needs ``COMFYUI_PATH``; ``devtools.trimmed`` gathers a small one, with wheels, for a machine without a network.
 """
@@ -38,7 +39,7 @@ from devtools.gpu_host import (
     time_steps,
 )
 
-from . import cards, start
+from . import cards, families, start
 
 GIB = 2**30
 BLOCKS = (19, 38)
@@ -94,8 +95,14 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument(
         "--sizes", type=positive, nargs="*", default=(), metavar="N", help="with --small: 256, 512, 1024"
     )
+    parser.add_argument("--family", choices=families.RUNS, help="only a model of another family")
+    parser.add_argument("--layers", type=positive, metavar="N", help="with --family: blocks in each of its lists")
     parser.add_argument("--json", type=Path, metavar="FILE")
     given = parser.parse_args(arguments)
+    if given.family:
+        format = (given.formats or ["fp8_e4m3_rowwise"])[0]
+        families.measure(given.family, given.layers, None, IMAGE_STEPS // ROUNDS // 2, format, given.json)
+        return 0
     if given.start:
         blocks = tuple(given.blocks or START_BLOCKS)
         return measure_starts(blocks, given.rounds, given.sides, given.json)

@@ -60,6 +60,7 @@ def compile_repeated_blocks(
     cache: str = "off",
     cuda_graphs: str = "auto",
     when: str = "",
+    other_blocks: str = "all",
 ) -> ModelPatcher:
     """A clone of ``model`` whose selected blocks run compiled; ``model`` itself stays as it is.
 
@@ -77,12 +78,13 @@ def compile_repeated_blocks(
     """
     require_model(model)
     require_family(model, "compile")
-    selection = {"double_blocks": double_blocks, "single_blocks": single_blocks}
+    selection = {"double_blocks": double_blocks, "single_blocks": single_blocks, "blocks": other_blocks}
     selected = selected_blocks(model.get_model_object("diffusion_model"), selection)
     if not any(selected.values()):
+        used = {kind.selected_by: repr(selection[kind.selected_by]) for kind in selected}
         raise ValueError(
-            f"double_blocks, single_blocks: {double_blocks!r} and {single_blocks!r} leave no block of this model to "
-            "compile. Set one of them to 'all' or a range, or bypass this node."
+            f"{', '.join(used)}: {' and '.join(used.values())} leave no block of this model to compile. Set one of "
+            "them to 'all' or a range, or bypass this node."
         )
     if when == "background":
         require_kept(settings, model.load_device, cache)
@@ -224,7 +226,7 @@ class CompiledBlocks(Ledger):
                     self._note_eager(call, kind, index, str(reason), entered=False)
                     continue
                 if not self.regions:
-                    self.plans.ahead(block)
+                    self.plans.ahead(kind, block)
                 runs[block] = functools.partial(self._run_block, call, kind, index, block)
         with routed(runs):
             yield
@@ -275,7 +277,7 @@ class CompiledBlocks(Ledger):
                 if torch.is_grad_enabled():
                     raise NotHoistable("gradients are being recorded, and weights enter a region without theirs")
                 attend = kind.interface.attention_for(inputs.get("transformer_options", {}), block)
-                plan, layers = self.plans.of(block)
+                plan, layers = self.plans.of(kind, block)
             if plan.given:
                 vector = kind.interface.vector
                 inputs[vector] = {path: block.get_submodule(path)(inputs[vector]) for path in plan.given}

@@ -228,7 +228,10 @@ class _State:
             else:
                 found.update(modules)
         if not any_of_their_own:
-            self._owner.tell("the blocks of this model have no modulation layers of their own")
+            family: Any = family_of(diffusion_model)
+            known = family.conditioning_vector is not None
+            why = "the blocks of this model have no modulation layers of their own"
+            self._owner.tell(why if known else f"that of {family.name} is not made ahead")
         return found
 
     def _forget_other_weights(self, patcher: ModelPatcher) -> None:
@@ -268,10 +271,10 @@ def _foresee(model: BaseModel, t: Tensor, sigmas: Tensor | None, conds: Mapping[
     """The vectors that the schedule will bring under this call's conditioning, as the host makes them."""
     dtype = model.get_dtype_inference()
     family: Any = family_of(model.diffusion_model)
-    guidance, y = (convert_tensor(conds.get(name), dtype, t.device) for name in ("guidance", "y"))
+    given = {name: convert_tensor(cond, dtype, t.device) for name, cond in conds.items() if isinstance(cond, Tensor)}
     for sigma in [] if sigmas is None else sigmas:
         timesteps = model.model_sampling.timestep(torch.ones_like(t) * sigma).float()
-        yield family.conditioning_vector(model.diffusion_model, timesteps, guidance, y, dtype)
+        yield family.conditioning_vector(model.diffusion_model, timesteps, given, dtype)
 
 
 @contextmanager

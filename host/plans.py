@@ -10,6 +10,7 @@ from torch import nn
 from ..hotpath.template import BlockPlan, NotHoistable, plan_block
 from .bypass import bypass_addition
 from .families import as_twin
+from .families.kinds import BlockKind
 from .weights import Layers, layer_states, plain_layers
 
 
@@ -20,7 +21,7 @@ class Plans:
         self._fuses = fuses
         self._plans: weakref.WeakKeyDictionary[nn.Module, BlockPlan] = weakref.WeakKeyDictionary()
 
-    def of(self, block: nn.Module) -> tuple[BlockPlan, Layers]:
+    def of(self, kind: BlockKind, block: nn.Module) -> tuple[BlockPlan, Layers]:
         """The plan of ``block``, made anew where the block is not as it was, and its layers."""
         plan = self._plans.get(block)
         if plan is not None:
@@ -28,14 +29,15 @@ class Plans:
                 return plan, plan.layers(block)
             except NotHoistable:
                 del self._plans[block]
-        plan = self._plans[block] = plan_block(block, plain_layers(block, self._fuses), layer_states, bypass_addition)
+        known = (layer_states, bypass_addition, kind.ignored, kind.owned)
+        plan = self._plans[block] = plan_block(block, plain_layers(block, self._fuses), *known)
         as_twin(plan.template)
         return plan, plan.layers(block)
 
-    def ahead(self, block: nn.Module) -> None:
+    def ahead(self, kind: BlockKind, block: nn.Module) -> None:
         """Plan ahead, to know how many regions there will be; what can't be planned says why when it runs."""
         with suppress(Exception):
-            self.of(block)
+            self.of(kind, block)
 
     def structures(self) -> int:
         """How many structures the blocks have."""

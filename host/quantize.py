@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from ..hotpath.template import NotHoistable, own_state, refuse_bolted_on
 from .containers import is_preference
-from .families import named_blocks, named_modulations, require_family
+from .families import family_of, named_blocks, require_family
 from .formats import VECTOR_FORMAT, Format, require_format
 from .gguf import gguf_type, is_gguf_layer
 from .models import require_model
@@ -133,8 +133,9 @@ def choose(diffusion_model: nn.Module, wanted: Format, skip: str) -> tuple[dict[
     unused, names = set(patterns), []
     formats: dict[str, Format] = {}
     counts: Counter[str] = Counter()
-    for prefix, block, modulations in named_modulations(diffusion_model):
-        vector = {f"{name}.lin" for name in modulations}
+    family: Any = family_of(diffusion_model)
+    for prefix, block in named_blocks(diffusion_model):
+        vector = family.vector_layers(block)
         for name, layer in _linears(prefix, block):
             names.append(name)
             full = f"{prefix}.{name}"

@@ -13,7 +13,6 @@ import comfy.sample
 import torch
 from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import WrapperExecutor, WrappersMP
-from torch import Tensor
 
 from .families import require_family
 from .families.kinds import random_tensor
@@ -115,7 +114,7 @@ def sample(model: ModelPatcher, inputs: Inputs, steps: int, on_step: Callable[[]
 
     timing = model.clone()
     timing.add_wrapper_with_key(WrappersMP.PREDICT_NOISE, _KEY, timed)
-    noise = _noise(model, inputs)
+    noise = random_tensor(*latent_shape(model, inputs.width, inputs.height, inputs.batch))
     condition = [list(family.conditioning(model.get_model_object("diffusion_model"), inputs.tokens))]
     with torch.inference_mode():
         comfy.sample.sample(
@@ -134,10 +133,16 @@ def sample(model: ModelPatcher, inputs: Inputs, steps: int, on_step: Callable[[]
     return seconds
 
 
-def _noise(model: ModelPatcher, inputs: Inputs) -> Tensor:
+def latent_shape(model: ModelPatcher, width: int, height: int, batch: int, frames: int = 1) -> tuple[int, ...]:
+    """The shape of the latents of ``batch`` images of this size in pixels, (batch, channels, height, width); of videos
+    (batch, channels, frames, height, width), with as many frames in latents, and of what has no sides (batch, channels,
+    tokens), with as many tokens as Flux has for this size."""
     latent = model.get_model_object("latent_format")
+    if latent.latent_dimensions == 1:
+        return batch, latent.latent_channels, (width // _TOKEN) * (height // _TOKEN)
     scale = latent.spacial_downscale_ratio
-    return random_tensor(inputs.batch, latent.latent_channels, inputs.height // scale, inputs.width // scale)
+    between = (frames,) if latent.latent_dimensions == 3 else ()
+    return batch, latent.latent_channels, *between, height // scale, width // scale
 
 
 def _synchronize(device: torch.device) -> None:

@@ -115,7 +115,7 @@ def until_ready() -> None:
 def examples_of(
     model: ModelPatcher,
     selected: Mapping[BlockKind, Collection[int]],
-    planned: Callable[[nn.Module], tuple[BlockPlan, Layers]],
+    planned: Callable[[BlockKind, nn.Module], tuple[BlockPlan, Layers]],
 ) -> list[Example]:
     """One example for each kind of the ``selected`` blocks of ``model``; fewer where they can't be told."""
     try:
@@ -128,7 +128,7 @@ def examples_of(
 def _examples(
     model: ModelPatcher,
     selected: Mapping[BlockKind, Collection[int]],
-    planned: Callable[[nn.Module], tuple[BlockPlan, Layers]],
+    planned: Callable[[BlockKind, nn.Module], tuple[BlockPlan, Layers]],
 ) -> Iterator[Example]:
     diffusion_model: Any = model.get_model_object("diffusion_model")
     dtype = model.model.get_dtype_inference()
@@ -139,7 +139,7 @@ def _examples(
             continue
         block = kind.blocks(diffusion_model)[min(indices)]
         kind.refuse_foreign(block)
-        plan, layers = planned(block)
+        plan, layers = planned(kind, block)
         inputs, twin = calls[kind.name]
         if plan.given:
             vector = kind.interface.vector
@@ -150,7 +150,10 @@ def _examples(
 
 def _calls(model: ModelPatcher, diffusion_model: Any, dtype: torch.dtype) -> dict[str, tuple[dict[str, Any], Any]]:
     """What the host's own code gives to a block of each kind, on the meta device, and a block there, by kind."""
-    config = {**model.model.model_config.unet_config, "depth": 1, "depth_single_blocks": 1, "dtype": dtype}
+    whole = model.model.model_config.unet_config
+    if "depth" not in whole:
+        return {}
+    config = {**whole, "depth": 1, "depth_single_blocks": 1, "dtype": dtype}
     twin = type(diffusion_model)(**config, device="meta", operations=comfy.ops.disable_weight_init)
     calls: dict[str, tuple[dict[str, Any], Any]] = {}
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import LayerNorm, Linear, RMSNorm
 
 from ..hotpath.gelu import LogisticGelu
-from ..hotpath.template import NotHoistable, PlainLayer
+from ..hotpath.template import OWNED, NotHoistable, PlainLayer
 from ..hotpath.values import plain_tensor
 from .bypass import bypass_weights
 from .containers import HostsAttention, container_state, is_container, is_preference, preferred_attention
@@ -71,8 +71,10 @@ def plain_layer(module: Any, fuses: bool = False, preferred: nn.Module | None = 
         return _linear(module)
     if base is LayerNorm:
         affine, bias = module.elementwise_affine, module.bias is not None
-        return LayerNorm(module.normalized_shape, module.eps, affine, bias, device="meta")
-    return RMSNorm(module.normalized_shape, module.eps, module.elementwise_affine, device="meta")
+        return _marked(LayerNorm(module.normalized_shape, module.eps, affine, bias, device="meta"))
+    plain = RMSNorm(module.normalized_shape, module.eps, module.elementwise_affine, device="meta")
+    plain.register_parameter("bias", None)
+    return _marked(plain)
 
 
 def plain_layers(block: nn.Module, fuses: bool) -> PlainLayer:
@@ -128,6 +130,10 @@ def block_weights(layers: Layers, like: Tensor) -> dict[str, Tensor]:
     """
     weights = {}
     for path, layer, state in layers:
+        if state == OWNED:
+            own = {name: value for name, value in layer._parameters.items() if value is not None}
+            weights.update({f"{path}.{name}".lstrip("."): _as_loaded(value, like) for name, value in own.items()})
+            continue
         if "forward" in layer.__dict__:
             path, added = bypass_weights(path, layer, like)
             weights.update({name: plain_tensor(tensor) for name, tensor in added.items()})
@@ -175,6 +181,11 @@ def _weight_and_bias(layer: Any, like: Tensor, cast: bool) -> tuple[Tensor | Non
     return weight, bias
 
 
+def _as_loaded(parameter: Tensor, like: Tensor) -> Tensor:
+    """A parameter outside of layers, which the host keeps where it loaded it and casts where it is read."""
+    return plain_tensor(parameter.to(like.device))
+
+
 def _host_casts(layer: Any) -> bool:
     return isinstance(layer, comfy.ops.CastWeightBiasOp) and bool(
         layer.comfy_cast_weights or layer.weight_function or layer.bias_function
@@ -195,5 +206,11 @@ def _casts_like_the_host(kind: Any, base: type) -> bool:
     )
 
 
-def _linear(module: Any) -> Linear:
-    return Linear(module.in_features, module.out_features, bias=module.bias is not None, device="meta")
+def _linear(module: Any) -> nn.Module:
+    return _marked(Linear(module.in_features, module.out_features, bias=module.bias is not None, device="meta"))
+
+
+def _marked(plain: Any) -> nn.Module:
+    """``plain`` with what the host's own code asks of a layer whose weight it reads from outside."""
+    plain.comfy_cast_weights, plain.weight_function, plain.bias_function = False, (), ()
+    return plain

@@ -40,7 +40,7 @@ class When:
         self,
         model: ModelPatcher,
         selected: Mapping[BlockKind, Collection[int]],
-        planned: Callable[[nn.Module], tuple[BlockPlan, Layers]],
+        planned: Callable[[BlockKind, nn.Module], tuple[BlockPlan, Layers]],
         prepare: Prepare,
     ) -> None:
         """Have what the ``selected`` blocks of ``model`` will need compiled; ``prepare`` gets it to ``get_ready``."""

@@ -7,7 +7,7 @@ executing by ``torch.func.functional_call``, so the compiled code never sees whe
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Collection, Hashable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -19,6 +19,8 @@ from torch import nn
 _MODULE_STATE = frozenset(nn.Module().__dict__)
 # Structures are long to compare and hash; each gets a number.
 _structures: dict[Hashable, int] = {}
+# The state, in a plan, of a module that is no layer and has parameters of its own.
+OWNED = "owned"
 _PLAIN_VALUES = (bool, int, float, str, type(None), torch.dtype, torch.device)
 
 
@@ -192,12 +194,17 @@ def plan_block(
     plain_layer: PlainLayer,
     layer_states: LayerStates = lambda kind: None,
     additions: Additions = lambda module: None,
+    ignored: Collection[str] = (),
+    owned: Collection[str] = (),
 ) -> BlockPlan:
     """Build the template of ``block`` from its structure, without reading or copying a weight.
 
+    ``ignored`` are attributes of the block that no forward reads, such as its number, and ``owned`` parameters that its
+    modules may have outside of known layers.
+
     Raises:
-        NotHoistable: some module of the block has hooks, an overridden forward, parameters of its own outside a
-            known layer, state that a template can't copy, or is of a class that ``plain_layer`` refuses.
+        NotHoistable: some module of the block has hooks, an overridden forward, other parameters or buffers outside
+            a known layer, state that a template can't copy, or is of a class that ``plain_layer`` refuses.
     """
     places: list[_Place] = []
     layers: list[tuple[str, int, Hashable]] = []
@@ -225,16 +232,23 @@ def plan_block(
                 layers.append((path, here, state))
             key.append((path, type(plain), plain.extra_repr()))
             return plain
-        if addition is not None or module._parameters or module._buffers:
+        own = {name: None if value is None else tuple(value.shape) for name, value in module._parameters.items()}
+        if addition is not None or module._buffers or not own.keys() <= set(owned):
             raise NotHoistable(f"{path or 'the block'} ({type(module).__name__}) holds weights outside a known layer")
         values = own_state(module)
+        if not path:
+            values = {name: value for name, value in values.items() if name not in ignored}
         for name, value in values.items():
             if not is_plain(value):
                 raise NotHoistable(f"{path or 'the block'}.{name} is a {type(value).__name__}, which can't be copied")
-        key.append((path, type(module), tuple(sorted(values.items(), key=lambda item: item[0]))))
+        key.append((path, type(module), tuple(sorted(values.items(), key=lambda item: item[0])), tuple(own.items())))
         twin = type(module).__new__(type(module))
         nn.Module.__init__(twin)
         twin.__dict__.update(values)
+        if any(shape is not None for shape in own.values()):
+            layers.append((path, here, OWNED))
+        for name, shape in own.items():
+            twin._parameters[name] = None if shape is None else nn.Parameter(torch.empty(shape, device="meta"))
         for name, child in module._modules.items():
             inner = f"{path}.{name}" if path else name
             twin._modules[name] = None if child is None else copy(inner, here, child)

@@ -27,7 +27,9 @@ class BenchmarkModel(io.ComfyNode):
             description=cleandoc(cls.__doc__ or ""),
             search_aliases=["benchmark", "speed test", "step time", "it/s", "compare models", "hotpath"],
             inputs=[
-                io.Model.Input("model", tooltip="A Flux.1, Flux.2 or Chroma model. It is not changed."),
+                io.Model.Input(
+                    "model", tooltip="A Flux, Chroma, Qwen-Image, Z-Image, Wan or Hunyuan model. It is not changed."
+                ),
                 io.Int.Input("width", default=1024, min=16, max=16384, step=16, tooltip="Width in pixels."),
                 io.Int.Input("height", default=1024, min=16, max=16384, step=16, tooltip="Height in pixels."),
                 io.Int.Input("batch_size", default=1, min=1, max=4096, tooltip="Images at once."),

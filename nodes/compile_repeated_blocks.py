@@ -32,7 +32,9 @@ class CompileRepeatedBlocks(io.ComfyNode):
             description=cleandoc(cls.__doc__ or ""),
             search_aliases=["torch compile", "torch.compile", "flux speed", "hotpath", "inductor", "faster"],
             inputs=[
-                io.Model.Input("model", tooltip="A Flux.1, Flux.2 or Chroma model. It is not changed."),
+                io.Model.Input(
+                    "model", tooltip="A Flux, Chroma, Qwen-Image, Z-Image, Wan or Hunyuan model. It is not changed."
+                ),
                 io.Combo.Input(
                     "mode",
                     options=list(MODES),
@@ -113,15 +115,23 @@ class CompileRepeatedBlocks(io.ComfyNode):
                     "another process compiles while prompts sample without, and prompts that begin after it is done "
                     "run compiled.",
                 ),
+                io.String.Input(
+                    "blocks",
+                    default="all",
+                    optional=True,
+                    advanced=True,
+                    tooltip="Which blocks of models without double-stream and single-stream blocks (Qwen-Image, "
+                    "Z-Image, Wan) to compile: all, none, or ranges such as 0-9,12.",
+                ),
             ],
             outputs=[io.Model.Output(tooltip="The same model, with its repeated blocks compiled while it samples.")],
             hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
-    def validate_inputs(cls, double_blocks: str, single_blocks: str) -> bool | str:
+    def validate_inputs(cls, double_blocks: str, single_blocks: str, blocks: str = "all") -> bool | str:
         # A linked input has no value yet; it is checked when the node runs.
-        given = {"double_blocks": double_blocks, "single_blocks": single_blocks}
+        given = {"double_blocks": double_blocks, "single_blocks": single_blocks, "blocks": blocks}
         try:
             for name, text in given.items():
                 if isinstance(text, str):
@@ -144,11 +154,12 @@ class CompileRepeatedBlocks(io.ComfyNode):
         cache: str = "auto",
         cuda_graphs: str = "auto",
         when: str = "wait",
+        blocks: str = "all",
     ) -> io.NodeOutput:
         settings = CompileSettings(mode, backend, fullgraph, dynamic)
         text = NodeText(cls.hidden.unique_id)
         return io.NodeOutput(
             compile_repeated_blocks(
-                model, settings, double_blocks, single_blocks, on_failure, text, cache, cuda_graphs, when
+                model, settings, double_blocks, single_blocks, on_failure, text, cache, cuda_graphs, when, blocks
             )
         )

@@ -27,7 +27,9 @@ class OffloadRepeatedBlocks(io.ComfyNode):
             description=cleandoc(cls.__doc__ or ""),
             search_aliases=["offload", "block swap", "low vram", "streaming", "flux 12 GB", "memory", "hotpath"],
             inputs=[
-                io.Model.Input("model", tooltip="A Flux.1, Flux.2 or Chroma model. It is not changed."),
+                io.Model.Input(
+                    "model", tooltip="A Flux, Chroma, Qwen-Image, Z-Image, Wan or Hunyuan model. It is not changed."
+                ),
                 io.String.Input(
                     "budget",
                     default="auto",

@@ -28,7 +28,9 @@ class QuantizeRepeatedBlocks(io.ComfyNode):
             search_aliases=["quantize", "fp8", "int8", "int4", "nvfp4", "mxfp8", "flux low vram", "hotpath"],
             inputs=[
                 io.Model.Input(
-                    "model", tooltip="A Flux.1, Flux.2 or Chroma model in full precision. It is not changed."
+                    "model",
+                    tooltip="A Flux, Chroma, Qwen-Image, Z-Image, Wan or Hunyuan model in full precision. "
+                    "It is not changed.",
                 ),
                 io.Combo.Input(
                     "format",

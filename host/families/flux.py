@@ -30,11 +30,17 @@ def modulations(block: nn.Module) -> dict[str, Any]:
     return {name: module for name, module in block.named_children() if isinstance(module, kind)}
 
 
+def vector_layers(block: nn.Module) -> dict[str, nn.Module]:
+    """The Linear layers of modulation, which see one vector a step."""
+    return {f"{name}.lin": module.lin for name, module in modulations(block).items()}
+
+
 def conditioning_vector(
-    diffusion_model: Any, timesteps: Tensor, guidance: Tensor | None, y: Tensor | None, dtype: torch.dtype
+    diffusion_model: Any, timesteps: Tensor, conds: Mapping[str, Any], dtype: torch.dtype
 ) -> Tensor:
     """The vector (batch, hidden) that the host's Flux gives its blocks for ``timesteps`` (batch,), ``guidance`` (1,) or
     (batch,) and pooled text ``y`` (batch, width), computed in ``dtype``."""
+    guidance, y = conds.get("guidance"), conds.get("y")
     embed = comfy.ldm.flux.layers.timestep_embedding
     vector = diffusion_model.time_in(embed(timesteps, 256).to(dtype))
     if diffusion_model.params.guidance_embed and guidance is not None:
@@ -205,32 +211,24 @@ def conditioning(diffusion_model: Any, tokens: int) -> tuple[Tensor, dict[str, A
 
 
 _INTERFACE = Interface(attention_for, bind_for, region_inputs, token_dims, vector="vec")
+KINDS = tuple(
+    BlockKind(name, f"{name}_blocks", block, activation, streams, _INTERFACE, f"{name}_blocks", TWINS[block])
+    for name, block, activation, streams in (
+        ("double", comfy.ldm.flux.layers.DoubleStreamBlock, "img", 2),
+        ("single", comfy.ldm.flux.layers.SingleStreamBlock, "x", 1),
+    )
+)
 FLUX = Family(
     name="Flux",
-    models="Flux.1 (dev, schnell, Fill, Kontext and the like), Flux.2 and Chroma",
-    kinds=(
-        BlockKind(
-            "double",
-            "double_blocks",
-            comfy.ldm.flux.layers.DoubleStreamBlock,
-            "img",
-            2,
-            _INTERFACE,
-            "double_blocks",
-            TWINS[comfy.ldm.flux.layers.DoubleStreamBlock],
-        ),
-        BlockKind(
-            "single",
-            "single_blocks",
-            comfy.ldm.flux.layers.SingleStreamBlock,
-            "x",
-            1,
-            _INTERFACE,
-            "single_blocks",
-            TWINS[comfy.ldm.flux.layers.SingleStreamBlock],
-        ),
+    models="Flux.1 (dev, schnell, Fill, Kontext and the like), Flux.2, Chroma, Radiance, LongCat-Image, Ovis-Image",
+    classes=(
+        "comfy.ldm.flux.model.Flux",
+        "comfy.ldm.chroma.model.Chroma",
+        "comfy.ldm.chroma_radiance.model.ChromaRadiance",
     ),
+    kinds=KINDS,
+    conditioning=conditioning,
+    vector_layers=vector_layers,
     modulations=modulations,
     conditioning_vector=conditioning_vector,
-    conditioning=conditioning,
 )

@@ -49,8 +49,10 @@ class BlockKind:
         activation: the input whose device and dtype the block computes in.
         streams: how many of its inputs have a token count of their own.
         interface: how its blocks are called.
-        selected_by: the input of Compile Repeated Blocks that selects among them.
+        selected_by: the input of Compile Repeated Blocks that selects among them; kinds with the same are counted on.
         twin: the class of their templates, where it has more ways to run than the host's.
+        owned: parameters that its modules have outside of layers, which the host casts where it reads them.
+        unread: attributes that differ from block to block and that a forward of the host does not read.
     """
 
     name: str
@@ -61,6 +63,8 @@ class BlockKind:
     interface: Interface
     selected_by: str
     twin: type[nn.Module] | None = None
+    owned: tuple[str, ...] = ()
+    unread: tuple[str, ...] = ()
 
     @functools.cached_property
     def parameters(self) -> tuple[str, ...]:
@@ -73,6 +77,11 @@ class BlockKind:
         if isinstance(blocks, nn.ModuleList) and any(isinstance(block, self.block) for block in blocks):
             return list(blocks)
         return []
+
+    @functools.cached_property
+    def ignored(self) -> frozenset[str]:
+        """Those of ``unread`` that the forward of this version of the host does not name."""
+        return frozenset(self.unread) - set(self.block.forward.__code__.co_names)
 
     def refuse_foreign(self, block: nn.Module) -> None:
         """Raise NotHoistable for a block of another class, or with another forward than the host's."""
@@ -89,21 +98,32 @@ class Family:
     Attributes:
         name: of the family, for messages.
         models: what is supported of it, for messages.
-        kinds: its lists of blocks, in the order in which they run.
-        modulations: a block's own modulation modules by name, each with its Linear layer as ``lin``; none where all
-            blocks share theirs or have none.
-        conditioning_vector: (diffusion model, timesteps, guidance, pooled text, dtype) -> the vector that the host
-            gives the blocks of this family.
+        classes: the host's classes of its diffusion models, by module and name; one that merely has such blocks
+            may call them in another way, and is none.
+        kinds: its lists of blocks.
         conditioning: (diffusion model, tokens) -> random text of so many tokens and all else that the host's
             conditioning holds for it.
+        vector_layers: a block's Linear layers that see one vector a step, by name.
+        modulations: a block's own modulation modules that can be made ahead, by name, each with its Linear layer as
+            ``lin``; none where all blocks share theirs or have none.
+        conditioning_vector: (diffusion model, timesteps, conditioning, dtype) -> the vector that the host gives the
+            blocks of this family at these timesteps (batch,); only for those that have ``modulations``.
     """
 
     name: str
     models: str
+    classes: tuple[str, ...]
     kinds: tuple[BlockKind, ...]
-    modulations: Callable[[nn.Module], dict[str, Any]]
-    conditioning_vector: Callable[[Any, Tensor, Tensor | None, Tensor | None, torch.dtype], Tensor]
     conditioning: Callable[[Any, int], tuple[Tensor, dict[str, Any]]]
+    vector_layers: Callable[[nn.Module], Mapping[str, nn.Module]]
+    modulations: Callable[[nn.Module], dict[str, Any]] = lambda block: {}
+    conditioning_vector: Callable[[Any, Tensor, Mapping[str, Any], torch.dtype], Tensor] | None = None
+
+    def has(self, diffusion_model: nn.Module) -> bool:
+        """Whether ``diffusion_model`` is of this family."""
+        kind = type(diffusion_model)
+        known = f"{kind.__module__}.{kind.__qualname__}" in self.classes
+        return known and any(each.blocks(diffusion_model) for each in self.kinds)
 
 
 def random_tensor(*shape: int) -> Tensor:

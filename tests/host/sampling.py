@@ -6,7 +6,9 @@ import comfy.sample
 import comfy.sd
 import torch
 from hotpath_pack.host.compile import compile_repeated_blocks
+from hotpath_pack.host.families import family_of
 from hotpath_pack.host.progress import NodeText
+from hotpath_pack.host.synthetic import latent_shape
 from hotpath_pack.hotpath.counters import breaks_so_far, graphs_so_far
 from hotpath_pack.hotpath.settings import CompileSettings
 
@@ -36,8 +38,9 @@ class Texts(NodeText):
         self.last.update(state=state, reasons=list(reasons), facts=facts)
 
 
-def compiled(model, double="all", single="all", on_failure="error", text=None, **changes):
-    return compile_repeated_blocks(model, replace(SETTINGS, **changes), double, single, on_failure, text or Texts())
+def compiled(model, double="all", single="all", on_failure="error", text=None, blocks="all", **changes):
+    settings = replace(SETTINGS, **changes)
+    return compile_repeated_blocks(model, settings, double, single, on_failure, text or Texts(), other_blocks=blocks)
 
 
 def compiled_blocks(model):
@@ -59,6 +62,7 @@ def sample(
     sampler="euler",
     scheduler="simple",
     condition=None,
+    frames=1,
     **cond,
 ):
     """Latent of a short run; sizes in pixels, ``tokens`` of text, ``cond`` on the positive side alone.
@@ -67,14 +71,14 @@ def sample(
     """
     generator = torch.Generator().manual_seed(seed)
     diffusion = model.model.diffusion_model
-    latent_format = model.model.latent_format
-    scale = getattr(latent_format, "spacial_downscale_ratio", 8)
-    shape = (batch, latent_format.latent_channels, height // scale, width // scale)
+    shape = latent_shape(model, width, height, batch, frames)
     noise = torch.randn(shape, generator=generator)
-    text = torch.randn(1, tokens, diffusion.params.context_in_dim, generator=generator)
-    options = {"guidance": guidance}
-    if getattr(diffusion.params, "vec_in_dim", None):
-        options["pooled_output"] = torch.randn(1, diffusion.params.vec_in_dim, generator=generator)
+    text, options = family_of(diffusion).conditioning(diffusion, tokens)
+    text = torch.randn(text.shape, generator=generator)
+    if "guidance" in options:
+        options["guidance"] = guidance
+    if "pooled_output" in options:
+        options["pooled_output"] = torch.randn(options["pooled_output"].shape, generator=generator)
     positive, negative = [[text, {**options, **cond}]], [[text * 0.5, options]]
     if condition is not None:
         positive = condition(positive)

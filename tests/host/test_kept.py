@@ -5,7 +5,7 @@ import comfy.quant_ops
 import folder_paths
 import pytest
 import torch
-from hotpath_pack.devtools import checkpoints, gguf_pack
+from hotpath_pack.devtools import checkpoints, family_models, gguf_pack
 from hotpath_pack.host import artifacts
 from hotpath_pack.host import compile as host_compile
 from hotpath_pack.host.compile import compile_repeated_blocks
@@ -250,3 +250,16 @@ def test_settings_of_inductor_and_passes_of_other_packs(change):
     assert {name for name, value in other.items() if value != before[name]} == {"settings of torch.compile"}
     with torch._inductor.config.patch({"cpp.cxx": (None, "other-compiler"), "compile_threads": 17}):
         assert artifacts.facts(CPU) == before
+
+
+@needs_ahead
+@pytest.mark.parametrize("name", ["qwen_image", "z_image", "wan_t2v", "krea2"])
+def test_other_families_are_kept(name, restart):
+    model = family_models.build(name, 2 if name in ("z_image", "krea2") else 1, 1, 64)
+    want = sample(model)
+    assert (sample(kept(model)) - want).abs().max() <= TOLERANCE
+    restart()
+    again = kept(model)
+    with Counting() as counting:
+        assert (sample(again) - want).abs().max() <= TOLERANCE
+    assert counting.graphs == 0 and states(again) == {"hit"}

@@ -1,0 +1,114 @@
+"""Attention of blocks that call the host's ``optimized_attention``: traced where nothing is in its way, else a call."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import comfy.ldm.modules.attention
+import comfy.model_management
+import torch
+from torch import Tensor
+
+from ...hotpath.attention import Attend, cudnn_attention, opaque_attention
+from ...hotpath.compiled import Bind
+from ...hotpath.template import NotHoistable
+
+# What a block may ask of attention by name that changes nothing of what is traced.
+_KNOWN = {
+    "mask",
+    "skip_reshape",
+    "transformer_options",
+    "preferred_attention",
+    "low_precision_attention",
+    "_inside_attn_wrapper",
+}
+# The slices of a call that asks for exact attention.
+_EXACT = [3]
+
+
+def is_plain(attention: Any, options: Mapping[str, Any], patches: tuple[str, ...]) -> bool:
+    """Whether a block that calls ``attention`` under these options can be traced with it.
+
+    Args:
+        attention: the host's function by the name that the blocks' module calls.
+        patches: those around attention that such blocks read.
+
+    Raises:
+        NotHoistable: it was replaced by code that does not honour the host's override.
+    """
+    if not hasattr(attention, "__wrapped__"):
+        raise NotHoistable(f"the host's attention was replaced by {attention.__module__}")
+    known = options.get("patches", {})
+    return (
+        attention is comfy.ldm.modules.attention.attention_pytorch
+        and "optimized_attention_override" not in options
+        and not any(known.get(name) for name in patches)
+    )
+
+
+def chosen(traced: Bind, with_cudnn: Bind, opaque: Bind) -> Callable[[Attend | None, Tensor], Bind]:
+    """``Interface.bind_for`` of blocks that are traced in one of these ways."""
+
+    def bind_for(attend: Attend | None, like: Tensor) -> Bind:
+        if attend is not None:
+            return opaque
+        # Hopper alone: elsewhere the host's order was measured to be the faster one, or nothing was.
+        nvidia = like.is_cuda and comfy.model_management.is_nvidia()
+        return with_cudnn if nvidia and torch.cuda.get_device_capability(like.device)[0] == 9 else traced
+
+    return bind_for
+
+
+def cudnn_first(
+    attend: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor, heads: int, *args: Any, **kwargs: Any
+) -> Tensor:
+    """An override of the host's attention: cuDNN's where nothing but attention itself is asked for."""
+    mask, more = _asked(args, kwargs)
+    if mask is not None or more:
+        return attend(q, k, v, heads, *args, **kwargs)
+    if not kwargs.get("skip_reshape"):
+        q, k, v = by_heads(q, heads), by_heads(k, heads), by_heads(v, heads)
+    return cudnn_attention(q, k, v)
+
+
+def called_out(
+    attend: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor, heads: int, *args: Any, **kwargs: Any
+) -> Tensor:
+    """An override of the host's attention that leaves one opaque call in the graph.
+
+    Raises:
+        NotImplementedError: the block asks for something that the call can't pass on, so that it must run eager.
+    """
+    mask, more = _asked(args, kwargs)
+    if more:
+        raise NotImplementedError(f"the block asks attention for {', '.join(sorted(more))}")
+    if not kwargs.get("skip_reshape"):
+        q, k, v = by_heads(q, heads), by_heads(k, heads), by_heads(v, heads)
+    exact = kwargs.get("low_precision_attention", True) is False
+    return opaque_attention(q, k, v, None, mask, _EXACT if exact else [])
+
+
+def precision(slices: Sequence[int]) -> dict[str, bool]:
+    """What a call of ``called_out`` asked the host's attention for, by its slices."""
+    return {"low_precision_attention": False} if list(slices) == _EXACT else {}
+
+
+def _asked(args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Any, set[str]]:
+    """The mask, and the names of whatever else a block asks for than attention as PyTorch's default."""
+    more = {name for name, value in kwargs.items() if name not in _KNOWN and value is not None and value is not False}
+    if len(args) > 1:
+        more.add("more than a mask")
+    return (args[0] if args else kwargs.get("mask")), more
+
+
+def by_heads(x: Tensor, heads: int) -> Tensor:
+    """(batch, tokens, heads * head dim) -> (batch, heads, tokens, head dim)."""
+    return x.unflatten(2, (heads, -1)).transpose(1, 2)
+
+
+def mask_dims(mask: Tensor | None, both: bool) -> tuple[int, ...]:
+    """Token dimensions of a mask (..., query tokens, key tokens), or with ``both`` off of one (..., tokens)."""
+    if mask is None:
+        return ()
+    return (mask.ndim - 2, mask.ndim - 1) if both else (mask.ndim - 1,)

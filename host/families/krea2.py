@@ -1,0 +1,132 @@
+"""Krea 2: blocks of one stream with grouped-query attention, norms and modulation whose weights are their own."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import comfy.ldm.krea2.model as host
+from torch import Tensor, nn
+
+from ...hotpath.attention import Attend, opaque_attention
+from ...hotpath.sizes import as_size, from_size
+from .attention import chosen, cudnn_first, is_plain, mask_dims
+from .kinds import BlockKind, Family, Interface, random_tensor
+
+_ZERO = "timestep_zero_index"
+_PATCHES = ("attn1_patch", "attn1_output_patch")
+
+
+def attention_for(options: Mapping[str, Any], block: nn.Module) -> Attend | None:
+    """See ``Interface``."""
+    plain = is_plain(host.optimized_attention_masked, options, _PATCHES)
+    return None if plain else functools.partial(_attend, options)
+
+
+def _attend(
+    options: Mapping[str, Any],
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    pe: Tensor | None,
+    mask: Tensor | None,
+    slices: Sequence[int],
+) -> Tensor:
+    """The attention part of a host block, patches included, on the full options of this very call."""
+    patches = options.get("patches", {}) if "block_index" in options else {}
+    extra_options = dict(options)
+    for patch in patches.get("attn1_patch", ()):
+        out = patch(q, k, v, pe=pe, attn_mask=mask, extra_options=extra_options)
+        q, k, v = out.get("q", q), out.get("k", k), out.get("v", v)
+        pe, mask = out.get("pe", pe), out.get("attn_mask", mask)
+    if pe is not None:
+        q, k = host.apply_rope(q, k, pe)
+    if k.shape[1] != q.shape[1]:
+        shared = q.shape[1] // k.shape[1]
+        k, v = k.repeat_interleave(shared, dim=1), v.repeat_interleave(shared, dim=1)
+    asked = {"mask": mask, "skip_reshape": True, "transformer_options": options}
+    attn = host.optimized_attention_masked(q, k, v, q.shape[1], **asked)
+    for patch in patches.get("attn1_output_patch", ()):
+        attn = patch(attn, extra_options)
+    return attn
+
+
+def region_inputs(inputs: Mapping[str, Any], like: Tensor, dynamic: bool) -> dict[str, Any]:
+    """See ``Interface``; where tokens of references begin is a size."""
+    taken = {name: value for name, value in inputs.items() if name != "transformer_options"}
+    if taken.get(_ZERO) is not None:
+        taken[_ZERO] = as_size(taken[_ZERO], like, dynamic)
+    return taken
+
+
+def token_dims(inputs: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """See ``Interface``: (batch, tokens, hidden) stream, (batch, 1, tokens, ...) rotary embedding, a mask."""
+    mask = inputs.get("mask")
+    both = mask is not None and mask.ndim > 1 and mask.shape[-2] > 1
+    dims = {"x": (1,), "freqs": (2,), "mask": mask_dims(mask, both=both)}
+    return {name: dims[name] for name in dims if inputs.get(name) is not None}
+
+
+def _arguments(inputs: Mapping[str, Any], options: Mapping[str, Any]) -> dict[str, Any]:
+    taken = {**inputs, "transformer_options": options}
+    if taken.get(_ZERO) is not None:
+        taken[_ZERO] = from_size(taken[_ZERO])
+    return taken
+
+
+def bind_traced(inputs: Mapping[str, Any]) -> Mapping[str, Any]:
+    """No patch and no override: the block reads nothing else from its options."""
+    return _arguments(inputs, {})
+
+
+def bind_cudnn(inputs: Mapping[str, Any]) -> Mapping[str, Any]:
+    """As ``bind_traced``, with cuDNN's attention where there is no mask."""
+    return _arguments(inputs, {"optimized_attention_override": cudnn_first})
+
+
+def bind_opaque(inputs: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Stand in for all patches around attention through the host's own hooks, and call out in their place."""
+    result: list[Tensor] = []
+
+    def call_out(
+        q: Tensor, k: Tensor, v: Tensor, pe: Tensor, attn_mask: Tensor | None, extra_options: dict[str, Any]
+    ) -> dict[str, None]:
+        result.append(opaque_attention(q, k, v, pe, attn_mask, []))
+        return {"pe": None}
+
+    def skip_attention(func: Callable[..., Tensor], q: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return q.transpose(1, 2).flatten(2)
+
+    def deliver(attn: Tensor, extra_options: dict[str, Any]) -> Tensor:
+        return result[0]
+
+    patches = {"attn1_patch": [call_out], "attn1_output_patch": [deliver]}
+    options = {"block_index": 0, "patches": patches, "optimized_attention_override": skip_attention}
+    return _arguments(inputs, options)
+
+
+def conditioning(diffusion_model: Any, tokens: int) -> tuple[Tensor, dict[str, Any]]:
+    """Random text (1, tokens, width of all layers that the text encoder gives)."""
+    return random_tensor(1, tokens, diffusion_model.txtlayers * diffusion_model.txtdim), {}
+
+
+KREA2 = Family(
+    name="Krea 2",
+    models="Krea 2",
+    classes=("comfy.ldm.krea2.model.SingleStreamDiT",),
+    kinds=(
+        BlockKind(
+            "single stream",
+            "blocks",
+            host.SingleStreamBlock,
+            "x",
+            1,
+            Interface(attention_for, chosen(bind_traced, bind_cudnn, bind_opaque), region_inputs, token_dims),
+            "blocks",
+            owned=("scale", "lin"),
+        ),
+    ),
+    conditioning=conditioning,
+    vector_layers=lambda block: {},
+)
