@@ -67,7 +67,7 @@ def part(weight: Any, rows: slice = slice(None), columns: slice = slice(None)) -
 
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     if q.dtype == torch.float64:
-        outs = [scaled_dot_product_attention(*(x[:, head] for x in (q, k, v))) for head in range(q.shape[1])]
+        outs = [scaled_dot_product_attention(q[:, head], k[:, head], v[:, head]) for head in range(q.shape[1])]
         return torch.cat(outs, -1)
     return cudnn_attention(q, k, v)
 
@@ -83,7 +83,12 @@ def modulated(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
 
 def single_weights(randn: Callable[..., Tensor], hidden: int, mlp: int, dim: int) -> Weights:
     first, second = 3 * hidden + mlp, hidden + mlp
-    shapes = {"w1": (first, hidden), "b1": (first,), "w2": (hidden, second), "b2": (hidden,)}
+    shapes: dict[str, tuple[int, ...]] = {
+        "w1": (first, hidden),
+        "b1": (first,),
+        "w2": (hidden, second),
+        "b2": (hidden,),
+    }
     shapes |= {name: (1, 1, hidden) for name in ("shift", "scale", "gate")}
     return {name: randn(*shape, scale=0.02) for name, shape in shapes.items()} | norm_scales(randn, dim)
 
@@ -115,9 +120,14 @@ def single_block(hidden: int, heads: int, ways: Ways, weights: Weights, x: Tenso
 
 
 def double_weights(randn: Callable[..., Tensor], hidden: int, mlp: int, dim: int) -> Weights:
-    weights = {}
+    weights: Weights = {}
     for stream in ("txt", "img"):
-        shapes = {"qkv": (3 * hidden, hidden), "proj": (hidden, hidden), "up": (mlp, hidden), "down": (hidden, mlp)}
+        shapes: dict[str, tuple[int, ...]] = {
+            "qkv": (3 * hidden, hidden),
+            "proj": (hidden, hidden),
+            "up": (mlp, hidden),
+            "down": (hidden, mlp),
+        }
         for name, shape in list(shapes.items()):
             shapes[f"{name}_b"] = shape[:1]
         shapes |= {name: (1, 1, hidden) for name in ("shift", "scale", "gate", "shift2", "scale2", "gate2")}

@@ -12,9 +12,9 @@ SHAPES = ((128, 128, 8, 3), (128, 64, 4, 4), (128, 64, 8, 3), (64, 128, 4, 3), (
 
 
 @triton.jit
-def _attend(
+def _attend(  # type: ignore[no-untyped-def]
     q, k, v, out, softmax_scale, tokens: tl.constexpr, rows: tl.constexpr, keys: tl.constexpr, dim: tl.constexpr
-):  # type: ignore[no-untyped-def]
+):
     row = tl.program_id(0) * rows + tl.arange(0, rows)
     column = tl.arange(0, dim)
     head = tl.program_id(1).to(tl.int64) * tokens * dim

@@ -94,6 +94,11 @@ def tensors(out: Any) -> list[Tensor]:
     return [out] if isinstance(out, Tensor) else list(out)
 
 
+def microseconds(work: Callable[[], Any]) -> float:
+    """The median time of ``work`` on the device, which finds nothing of it in its cache."""
+    return 1e3 * median(triton.testing.do_bench(recorded(work), warmup=10, rep=60, return_mode="all"))
+
+
 def recorded(work: Callable[[], Any]) -> Callable[[], Any]:
     """``work`` as a CUDA graph."""
     stream = torch.cuda.Stream()
@@ -286,13 +291,17 @@ def attention(row: Any, text: int, image: int, fa3: Path | None) -> None:
         for name, given in (("FA3, bf16", (q, k, v)), ("FA3, fp8 unscaled", small)):
             rows = [x.transpose(1, 2) for x in given]
             row(name, lambda rows=rows: torch.ops.fa3_fwd.fwd(*rows, num_splits=1)[0].transpose(1, 2), want)
+    attend: Callable[..., Tensor] = fp8_attention.attend
     eights = [x.contiguous() for x in small[:2]] + [small[2].transpose(2, 3).contiguous()]
     for shape in fp8_attention.SHAPES:
-        row(f"Triton, fp8, {shape}", functools.partial(fp8_attention.attend, *eights, *shape), want)
+        row(f"Triton, fp8, {shape}", functools.partial(attend, *eights, *shape), want)
 
 
 def exact_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    outs = [scaled_dot_product_attention(*(x[:, head].double() for x in (q, k, v))) for head in range(q.shape[1])]
+    wide_q, wide_k, wide_v = (x.double() for x in (q, k, v))
+    outs = [
+        scaled_dot_product_attention(wide_q[:, head], wide_k[:, head], wide_v[:, head]) for head in range(q.shape[1])
+    ]
     return torch.stack(outs, 1)
 
 
@@ -300,7 +309,7 @@ def blocks(row: Any, text: int, image: int, fa3: Path | None) -> None:
     """Whole blocks, as Inductor compiles them."""
     x, table = randn(1, text + image, HIDDEN), rotary_table(text + image)
     weights = single_weights(randn, HIDDEN, MLP, DIM)
-    block = functools.partial(single_block, HIDDEN, HEADS)
+    block: Callable[..., Any] = functools.partial(single_block, HIDDEN, HEADS)
     want = block(Ways(), wide(weights), x.double(), table.double())
     for name, ways in {
         "as traced today": Ways(),
@@ -317,7 +326,7 @@ def blocks(row: Any, text: int, image: int, fa3: Path | None) -> None:
     streams = [randn(1, tokens, HIDDEN) for tokens in (text, image)]
     weights = double_weights(randn, HIDDEN, MLP, DIM)
     block = functools.partial(double_block, HIDDEN, HEADS)
-    want = block(Ways(), wide(weights), *(stream.double() for stream in streams), table.double())
+    want = double_block(HIDDEN, HEADS, Ways(), wide(weights), streams[0].double(), streams[1].double(), table.double())
     for name, ways in {
         "as traced today": Ways(),
         "norm and rotary in one": Ways(fused=True),

@@ -129,8 +129,9 @@ def compile_graph(
         for entry in entries:
             if entry.is_global and not isinstance(entry.value, ModuleType):
                 names.append(entry.name)
-            root = re.match(r"\w*", entry.name)
-            keep.append(not entry.is_global and not (root and root[0] in closure))
+            # ``type(template.layer)`` is of the closure too.
+            root = re.match(r"(?:type\()*(\w*)", entry.name)
+            keep.append(not entry.is_global and not (root and root[1] in closure))
         return keep
 
     try:

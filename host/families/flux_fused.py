@@ -128,8 +128,8 @@ class FusedDoubleBlock(DoubleStreamBlock):
             return norm
 
         def attend(host: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor, *args: Any, **more: Any) -> Tensor:
-            joined = [[txt[index], img[index]] for index in range(3)]
-            q, k, v = norm_rotate_joint(*joined, scales.q, scales.k, pe, scales.eps)
+            joined_q, joined_k, joined_v = ([txt[index], img[index]] for index in range(3))
+            q, k, v = norm_rotate_joint(joined_q, joined_k, joined_v, scales.q, scales.k, pe, scales.eps)
             return _attend(host, q, k, v, *args, **more)
 
         parts: dict[str, Any] = {
@@ -146,7 +146,8 @@ def _with_epilogue(mlp: Any) -> Callable[[Tensor], Tensor]:
     """An MLP whose first product computes its GELU too, where it is one of plain layers with a bias."""
     if not isinstance(mlp, nn.Sequential) or [type(layer) for layer in mlp] != [nn.Linear, LogisticGelu, nn.Linear]:
         return mlp
-    first, _, second = mlp
+    first: Any = mlp[0]
+    second: Any = mlp[2]
     if first.bias is None:
         return mlp
     return lambda x: second(gelu_of_linear(x, first.weight, first.bias))
