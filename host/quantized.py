@@ -216,8 +216,11 @@ def quantized_layer(layer: Any) -> nn.Module:
 def state_in_use(layer: Any) -> Hashable:
     """``format_in_use``, with all that an opaque layer depends on beside its tensors."""
     format = format_in_use(layer)
+    if format is None:
+        # One that was left alone in a quantized model has no format at all.
+        return None
     known = format != layer.quant_format or format in _FP8 or format == _INT8 or layer.layout_type == FP8_ROWWISE
-    return format if format is None or known else (format, opaque_facts(layer.weight))
+    return format if known else (format, opaque_facts(layer.weight))
 
 
 def quantized_weights(layer: Any, state: Hashable, like: Tensor) -> dict[str, Tensor]:
