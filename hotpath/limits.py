@@ -5,17 +5,19 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from typing import Any
 
 from torch._dynamo import config
-from torch.fx.experimental import _config as shapes
+from torch.fx.experimental import _config
 
 from .toolchain import keep_device_guard, named_user
 
 # Dynamo's tracing and Inductor have state of the process, and a host with several GPUs runs regions in several threads.
 _lock = threading.RLock()
+_shapes: Any = _config
 _ANY_SIZE = "backed_size_oblivious"
 # PyTorch 2.8 and newer.
-ANY_SIZE = hasattr(shapes, _ANY_SIZE)
+ANY_SIZE = hasattr(_shapes, _ANY_SIZE)
 
 
 @contextmanager
@@ -37,5 +39,5 @@ def compiling(limit: int | None = None, any_size: bool = False) -> Iterator[None
             yield
             return
         with config.patch(recompile_limit=limit, fail_on_recompile_limit_hit=True, suppress_errors=False):
-            with shapes.patch(**{_ANY_SIZE: True}) if any_size and ANY_SIZE else nullcontext():
+            with _shapes.patch(**{_ANY_SIZE: True}) if any_size and ANY_SIZE else nullcontext():
                 yield

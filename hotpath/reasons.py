@@ -72,7 +72,7 @@ def plain_reason(reason: str) -> str:
 def how_to_avoid(reason: str, dynamic: str) -> str:
     """The setting that keeps a plain ``reason`` from compiling again; empty when none does."""
     if dynamic == "auto" and reason.startswith("batch size"):
-        return "dynamic: 'always' compiles for any batch size at once"
+        return "dynamic: 'always' takes all batches of two and more at once"
     if dynamic == "never":
         return "dynamic: 'auto' compiles once for all sizes"
     return ""

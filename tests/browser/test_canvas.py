@@ -108,7 +108,9 @@ def test_what_compiled_again_and_what_avoids_it(page, live):
     page.wait_for_queue()
     text = page.reads("recompiled")
     assert text.startswith("\u25cf\nCompiled again")
-    assert "batch size changed from 1 to 2. Avoid it: dynamic: 'always' compiles for any batch size at once." in text
+    assert (
+        "batch size changed from 1 to 2. Avoid it: dynamic: 'always' takes all batches of two and more at once." in text
+    )
     # The next run compiles nothing.
     queue(page, ids["sampler"])
     page.wait_for_queue()

@@ -66,7 +66,8 @@ def test_a_batch_costs_two_more_once_and_says_why(flux, caplog):
     for region in compiled_blocks(fast).regions:
         assert region.stats.graphs == 2
         assert region.stats.recompiles == ["batch size changed from 1 to 2"]
-    said = "compiled again: batch size changed from 1 to 2 (dynamic: 'always' compiles for any batch size at once)"
+    said = "compiled again: batch size changed from 1 to 2 "
+    said += "(dynamic: 'always' takes all batches of two and more at once)"
     assert compiled_blocks(fast).summary().endswith(said)
     assert caplog.messages.count(said) == 1, "the user is told once"
 
