@@ -303,16 +303,15 @@ class CompiledBlocks(Ledger):
                     graph = region.proven_graph(weights, taken)
                     dims = given.token_dims
             assert region is not None
+            call.regions[like] = region
             scope.enter_context(nullcontext() if attend is None else attention_scope(attend))
             if graph is not None:
                 out = self.replays.run(call.graphs, kind.name, plan, layers, attend, streamed, graph, weights, taken)
-                call.regions[like] = region
                 self.regions.setdefault(region)
             else:
                 with self._failing_once(key):
                     out, cost = region.run(weights, taken, dims, check)
                 self.note_cost(region, cost)
-                call.regions[like] = region
                 if not region.ahead and self.replays.records_on(activation.device):
                     call.graphs.note(kind.name, NOT_AHEAD)
                 if not (region.stats.graphs or region.stats.loaded):
