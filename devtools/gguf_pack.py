@@ -28,6 +28,8 @@ from torch import Tensor, nn
 
 FOLDER = "HOTPATH_GGUF"
 _FLOATS = (None, "F32", "F16")
+# Made here, so that a compiler that traces a layer finds no module being made.
+_FORMATS = {name: kind(1, kind.BLOCK, None, None) for name, kind in KINDS.items()}
 # By which factor of a block's scale its minimum makes the mean of random bits zero.
 _MINIMA = {"Q4_1": -7.5, "Q5_1": -15.5, "Q4_K": 7.5, "Q5_K": 15.5, "Q2_K": 1.5}
 
@@ -109,13 +111,12 @@ class GGMLLayer(nn.Module):
         return weight
 
     def _dequantized(self, kind: str, data: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        compute = None if self.dequant_dtype == "target" else self.dequant_dtype or torch.float16
-        layer: Any = KINDS[kind](shape[0], shape[1], None, compute)
-        tensors = {"weight": data, "halves": data.view(torch.float16)}
         if kind == "BF16":
-            tensors = {"weight": data.view(torch.bfloat16)}
-        layer._parameters.update(tensors)
-        return layer.dequantized(dtype)
+            return data.view(torch.bfloat16).to(dtype)
+        compute = dtype if self.dequant_dtype == "target" else self.dequant_dtype or torch.float16
+        layer = _FORMATS[kind]
+        blocks, halves = data.reshape(-1, layer.BYTES), data.view(torch.float16).reshape(-1, layer.BYTES // 2)
+        return layer._values(blocks, halves, compute).reshape(tuple(shape)).to(dtype)
 
     def cast_bias_weight(self, input: Tensor) -> tuple[Any, Any]:
         bias = None if self.bias is None else self.get_weight(self.bias.to(input.device), input.dtype)

@@ -90,13 +90,13 @@ def test_loras_at_any_strength_and_without(flux_weights, pack):
 
 @pytest.mark.parametrize("lora", [False, True])
 def test_streamed_as_packed_bytes(flux_weights, pack, lora):
-    base = gguf(flux_weights, pack)
+    base = gguf(flux_weights, pack, "Q4_K")
     model = with_lora(base, checkpoints.lora(flux_weights), 0.7) if lora else base
     for modulation in ("ahead", "in place"):
         lean = offloaded(model, modulation, budget="0 %")
         assert_streams(model, lean, least=5, **SMALL)
         packed = sum(weight.numel() for name, weight in flux_weights.items() if "_blocks." in name) * 4
-        assert streamed_of(lean).bytes_copied < 0.35 * packed * streamed_of(lean).calls
+        assert streamed_of(lean).bytes_copied < 0.2 * packed * streamed_of(lean).calls
         assert_same_bits(model, compiled(lean, backend="eager"))
     assert type(lean.clone()) is type(lean) and isinstance(lean, pack.patcher)
     assert type(offloaded(lean)) is type(lean), "a second Offload replaces the first"
