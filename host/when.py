@@ -56,6 +56,13 @@ class When:
 
     def get_ready(self, region: Region, given: Arguments, check: Callable[[], None]) -> None:
         """Compile ``region`` for these arguments ahead, or have it compiled; ``check`` is called before."""
+        device = device_of(given.inputs)
+        if device.type == "cuda":
+            # On a card what is compiled from the structure alone was measured not to be what a step needs.
+            if self._behind is None and not _stored(region):
+                check()
+                start_compiler(device)
+            return
         if self._behind is not None:
             self._behind.ready(region, functools.partial(_job, region, given), given.weights, given.inputs)
             return
@@ -63,7 +70,7 @@ class When:
         def begin() -> None:
             check()
             self._warming.compiles(given.kind)
-            start_compiler(device_of(given.inputs))
+            start_compiler(device)
 
         region.prepare(given.weights, given.inputs, given.token_dims, begin)
 
@@ -86,6 +93,10 @@ def check_machine(region: Region, device: torch.device, dtypes: Collection[torch
     """Say what is missing before a compiler is asked to work, whose own words are harder to act on."""
     if problems := compile_problems(region.settings.backend, device, dtypes):
         raise RegionFailed(region.name, "; ".join(problems))
+
+
+def _stored(region: Region) -> bool:
+    return region.kept is not None and region.kept.store.path(region.kept.region).exists()
 
 
 def _job(region: Region, given: Arguments) -> Job:

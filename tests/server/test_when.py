@@ -13,7 +13,7 @@ pytestmark = [
     pytest.mark.skipif(not graphs.supported(), reason="needs PyTorch 2.11"),
     pytest.mark.skipif(sys.platform != "linux", reason="looks at processes in /proc"),
 ]
-_SECONDS = 900
+_SECONDS = 600
 
 
 def helpers(live):
