@@ -8,7 +8,6 @@ import comfy.ldm.flux.redux as redux
 import comfy.ops
 import comfy.sd
 import comfy_extras.nodes_easycache as easycache
-import comfy_extras.nodes_flux as flux_nodes
 import comfy_extras.nodes_freelunch as freelunch
 import comfy_extras.nodes_model_advanced as advanced
 import comfy_extras.nodes_model_merging as merging
@@ -18,7 +17,7 @@ import pytest
 import torch
 from hotpath_pack.devtools import checkpoints
 from safetensors.torch import load_file
-from sampling import TOLERANCE, Counting, assert_parity, compiled, compiled_blocks, load, sample
+from sampling import Counting, assert_parity, compiled, compiled_blocks, load, sample
 
 import nodes as host_nodes
 
@@ -84,22 +83,6 @@ def test_before_and_after_the_compile_node(flux, change):
     assert_parity(changed, compiled(changed), **run)
     assert_parity(changed, change(compiled(flux)), **run)
     assert_parity(flux, compiled(flux), **run)
-
-
-def test_keys_and_values_of_references_that_the_host_caches():
-    """From the second step on, the tokens of references are in no stream and only in the attention's keys."""
-    model = load(checkpoints.flux2(1, 2))
-    run = dict(steps=3, reference_latents=[torch.ones(1, 128, 8, 6)], reference_latents_method="index_timestep_zero")
-
-    def cached(model):
-        return output(flux_nodes.FluxKVCache.execute(model))
-
-    plain, want = sample(model, **run), sample(cached(model), **run)
-    assert want.isfinite().all() and (want - plain).abs().max() > 1e-5, "the node does nothing"
-    for fast in (compiled(cached(model), backend="eager"), cached(compiled(model, backend="eager"))):
-        with Counting() as counting:
-            assert (sample(fast, **run) - want).abs().max() <= TOLERANCE
-        assert compiled_blocks(fast).eager == {} and counting.breaks == 0
 
 
 @pytest.mark.skipif(not hasattr(advanced, "ModelAttentionBackend"), reason="this ComfyUI has no such node")
