@@ -1,16 +1,20 @@
-"""dev.py bench: ours beside every other way to compile; or a model of yours, a soak, formats, memory or starts."""
+"""dev.py bench: ours beside every other way to compile; a model of yours, a soak, a fuzz, formats, memory, starts."""
 
 from __future__ import annotations
 
 import argparse
+import importlib
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from statistics import median
 
+import torch
+
 from benchmarks import memory, offload, start
 from benchmarks.compare import compare_sides, picture, problems, table
 from benchmarks.quantize import qualities, rows
+from devtools import gpu_host
 from devtools.cli import Progress, add_sampling_arguments, comfyui_folder, positive, print_table, run_tool, write_json
 from devtools.measure import compare
 from devtools.soak import soak
@@ -51,7 +55,16 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument(
         "--start", action="store_true", help="instead, the first step after a start of ComfyUI: cold, warm and loaded"
     )
+    parser.add_argument(
+        "--fuzz",
+        type=positive,
+        metavar="SECONDS",
+        help="instead, random graphs of all kinds for so long, each beside eager; what differs is told as a test",
+    )
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the random graphs (default: 0)")
     given = parser.parse_args(arguments)
+    if given.fuzz:
+        return run_fuzz(given.seed, given.fuzz, given.json)
     if given.start:
         return run_start(given.rounds, given.json)
     if given.soak:
@@ -125,6 +138,23 @@ def run_soak(prompts: int, json: Path | None) -> int:
     if json:
         write_json(json, asdict(seen))
     return 1 if seen.problems() else 0
+
+
+def run_fuzz(seed: int, seconds: int, json: Path | None) -> int:
+    gpu_host.start(dynamic_vram=False, cpu=True)
+    # In tensors this small threads cost more than they do.
+    torch.set_num_threads(1)
+    fuzz = importlib.import_module("hotpath_pack.devtools.fuzz")
+    progress = Progress()
+    progress.stage(f"Running random graphs of seed {seed} for {seconds} s")
+    seen = fuzz.fuzz(seed, seconds=seconds, show=progress.line)
+    progress.done()
+    print_table(fuzz.rows(seen))
+    for failure in seen.failures:
+        print(f"\nFAILED: {failure.problem}\n\n{failure.as_test()}")
+    if json:
+        write_json(json, fuzz.numbers(seen))
+    return 1 if seen.failures else 0
 
 
 def run_quantize(size: tuple[int, int], json: Path | None) -> int:

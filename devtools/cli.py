@@ -31,6 +31,10 @@ class Progress:
         if self._terminal:
             self._write(f"\r\x1b[K{self._stage}: {text}")
 
+    def line(self, text: str) -> None:
+        """A line that stays."""
+        self._write(f"{text}\n")
+
     def done(self) -> None:
         if self._terminal:
             self._write("\r\x1b[K")

@@ -196,7 +196,7 @@ def _adapters(module: nn.Module) -> list[Any] | None:
     hooks: set[Any] = set()
     forward: Any = module.__dict__.get("forward")
     while not is_class_forward(module, forward):
-        hook = getattr(forward, "__self__", None)
+        hook: Any = getattr(forward, "__self__", None)
         if type(hook) is not BypassForwardHook or forward.__func__ is not _BYPASS_FORWARD:
             return None
         # Of two on one layer, the host takes back the first first, and then one may be around itself.
