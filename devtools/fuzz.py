@@ -267,8 +267,8 @@ class _World:
         if fast:
             if graph.offload:
                 budget, ahead, modulation, resident = graph.offload
-                settings = OffloadSettings(budget, ahead, True, modulation, resident)
-                model = offload_repeated_blocks(model, settings, NodeText(None))
+                lean = OffloadSettings(budget, ahead, True, modulation, resident)
+                model = offload_repeated_blocks(model, lean, NodeText(None))
             settings = CompileSettings(backend=graph.backend, dynamic=graph.dynamic)
             selection = graph.double_blocks, graph.single_blocks
             model = compile_repeated_blocks(model, settings, *selection, "eager", NodeText(None))
