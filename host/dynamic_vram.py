@@ -16,7 +16,8 @@ from comfy.model_base import BaseModel
 from comfy.model_patcher import ModelPatcher, ModelPatcherDynamic
 
 from ..hotpath.stream import leaving_order
-from .streaming import Budget, streamable_layers
+from .budget import Budget
+from .streaming import streamable_layers
 
 KEY = "hotpath_layout"
 # What the host keeps on a module of where its weights are.

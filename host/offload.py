@@ -13,12 +13,13 @@ from comfy.patcher_extension import CallbacksMP, WrappersMP
 
 from ..hotpath.stream import resident_blocks
 from . import dynamic_vram
+from .budget import Budget
 from .families import require_family
 from .gguf import is_gguf_patcher, patch_left_out
 from .models import require_model
 from .modulation import ModulationAhead, modulation_layers
 from .progress import NodeText, PartText
-from .streaming import RESIDENCY, Budget, Residency, StreamedBlocks, pinned_copies, streamable_layers
+from .streaming import RESIDENCY, Residency, StreamedBlocks, pinned_copies, streamable_layers
 from .weights import class_name
 
 KEY = "hotpath_offload"

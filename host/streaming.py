@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import re
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -22,49 +21,13 @@ from torch import Tensor, nn
 
 from ..hotpath.stream import ALIGNMENT, Stream, copy_engine
 from ..hotpath.template import Around
+from .budget import GIB
 from .families import named_blocks, named_modulations
 from .gguf import moved, plain, take_patches
 from .models import why_untouched
 from .progress import PartText
 
 log = logging.getLogger(__name__)
-
-GIB = 2**30
-_BUDGET = re.compile(r"(?P<number>\d+(\.\d*)?|\.\d+)\s*(?P<unit>gib|gb|g|%)?", re.IGNORECASE)
-
-
-@dataclass(frozen=True)
-class Budget:
-    """How many bytes of a MODEL may be on the device: all that are free, a number, or a share of the MODEL."""
-
-    number: float | None = None
-    share: float | None = None
-
-    @classmethod
-    def parse(cls, text: str) -> Budget:
-        """``auto``, a number of GiB such as ``10`` or ``10 GiB``, or a share such as ``50 %``.
-
-        Raises:
-            ValueError: anything else.
-        """
-        given = text.strip() if isinstance(text, str) else ""
-        found = _BUDGET.fullmatch(given)
-        if given.lower() == "auto":
-            return cls()
-        if found is None or (found["unit"] == "%" and float(found["number"]) > 100):
-            raise ValueError(
-                f"budget: {text!r} is none. Write 'auto', a number of GiB such as '10' or '10 GiB', or a share of the "
-                "model from '0 %' to '100 %'."
-            )
-        if found["unit"] == "%":
-            return cls(share=float(found["number"]) / 100)
-        return cls(number=float(found["number"]) * GIB)
-
-    def bytes(self, whole: int) -> float:
-        """The bytes of a MODEL of ``whole`` bytes that may be on the device."""
-        if self.share is not None:
-            return self.share * whole
-        return float("inf") if self.number is None else self.number
 
 
 def streamable_layers(diffusion_model: nn.Module, ahead: bool) -> dict[str, dict[str, Any]]:

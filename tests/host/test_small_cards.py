@@ -6,8 +6,8 @@ import torch
 from comfy.model_patcher import ModelPatcher, ModelPatcherDynamic
 from hotpath_pack.devtools import checkpoints
 from hotpath_pack.host import dynamic_vram, formats, modulation, streaming
+from hotpath_pack.host.budget import Budget
 from hotpath_pack.host.offload import OffloadSettings, offload_repeated_blocks
-from hotpath_pack.host.streaming import Budget
 from hotpath_pack.hotpath.stream import leaving_order
 from sampling import TOLERANCE, Texts, compiled, load, sample
 from test_offload import SMALL, ahead_of, offloaded

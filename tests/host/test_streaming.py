@@ -12,9 +12,10 @@ from comfy_extras.nodes_torch_compile import TorchCompileModel
 from hotpath_pack.devtools import checkpoints
 from hotpath_pack.devtools.copies import LateCopies
 from hotpath_pack.host import streaming
+from hotpath_pack.host.budget import GIB, Budget
 from hotpath_pack.host.offload import KEY
 from hotpath_pack.host.report import describe, report
-from hotpath_pack.host.streaming import GIB, RESIDENCY, Budget, pinned_copies
+from hotpath_pack.host.streaming import RESIDENCY, pinned_copies
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
