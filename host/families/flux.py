@@ -14,11 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from ...hotpath.attention import Attend, cudnn_attention, opaque_attention
-from ...hotpath.rotary import has_kernel
 from ...hotpath.sizes import as_size, from_size
 from ...hotpath.template import NotHoistable
 from ..containers import preferred_attention
-from .flux_fused import IN_HALVES, ROTATES, TWINS, WITH_EPILOGUE, same_as_the_host
+from .flux_fused import IN_HALVES, ROTATES, TWINS, WITH_EPILOGUE
 from .kinds import BlockKind, Family, Interface, random_tensor
 
 _SPANS = ("modulation_dims", "modulation_dims_img", "modulation_dims_txt")
@@ -191,15 +190,9 @@ def bind_for(attend: Attend | None, like: Tensor) -> Callable[[Mapping[str, Any]
     if attend is not None:
         return bind_opaque
     # Hopper alone: elsewhere the host's order was measured to be the faster one, or nothing was.
+    # ``bind_fused`` is not among them: in a whole step nothing has shown yet that it gains.
     nvidia = like.is_cuda and comfy.model_management.is_nvidia()
-    if not nvidia or torch.cuda.get_device_capability(like.device)[0] != 9:
-        return bind_traced
-    return bind_fused if _fuses() else bind_cudnn
-
-
-@functools.cache
-def _fuses() -> bool:
-    return has_kernel() and same_as_the_host(bind_cudnn, bind_fused)
+    return bind_cudnn if nvidia and torch.cuda.get_device_capability(like.device)[0] == 9 else bind_traced
 
 
 def conditioning(diffusion_model: Any, tokens: int) -> tuple[Tensor, dict[str, Any]]:
