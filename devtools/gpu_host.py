@@ -116,16 +116,16 @@ def compiled_per_block(model: Any, backend: str = "inductor") -> Any:
 
 def computed(model: Any, bind: str) -> Any:
     """``model`` whose blocks are traced by the function of that name in ``host.families.flux`` where they would be by
-    ``bind_fused``."""
+    ``bind_cudnn``."""
     from comfy.patcher_extension import WrappersMP
     from hotpath_pack.host.families import flux
 
     def otherwise(executor: Any, *args: Any, **kwargs: Any) -> Any:
-        fused, flux.bind_fused = flux.bind_fused, getattr(flux, bind)
+        own, flux.bind_cudnn = flux.bind_cudnn, getattr(flux, bind)
         try:
             return executor(*args, **kwargs)
         finally:
-            flux.bind_fused = fused
+            flux.bind_cudnn = own
 
     clone = model.clone()
     clone.add_wrapper_with_key(WrappersMP.APPLY_MODEL, "computed", otherwise)

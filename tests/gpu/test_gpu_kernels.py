@@ -4,6 +4,7 @@ import pytest
 import torch
 from hotpath_pack.devtools.gpu_host import compiled, computed, load, sample
 from hotpath_pack.devtools.measure import snr
+from hotpath_pack.hotpath.counters import graphs_so_far
 from hotpath_pack.hotpath.gelu import gelu_of_linear, logistic_gelu
 from hotpath_pack.hotpath.inductor import region_options
 from hotpath_pack.hotpath.rotary import has_kernel, norm_rotate, norm_rotate_joint
@@ -55,5 +56,8 @@ def test_blocks_in_fewer_passes_are_as_close_to_eager():
     run = dict(size=(512, 512), tokens=64)
     model = load(2, 3, torch.bfloat16)
     want = sample(model, **run)
-    fused, written = (sample(it, **run) for it in (compiled(model), computed(compiled(model), "bind_cudnn")))
+    written = sample(compiled(model), **run)
+    graphs = graphs_so_far()
+    fused = sample(computed(compiled(model), "bind_fused"), **run)
+    assert graphs_so_far() == graphs + 2, "not the same code again"
     assert (fused - want).norm() < 1.3 * (written - want).norm()
