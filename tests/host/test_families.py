@@ -68,7 +68,8 @@ KINDS_OF_INPUT = {
 def test_each_model_is_as_many_graphs_as_it_has_structures_of_blocks(name):
     model = tiny(name)
     fast = compiled(model, backend="eager")
-    frames = model.model.latent_format.latent_dimensions == 3
+    # Of Krea 2 they are a batch.
+    frames = model.model.latent_format.latent_dimensions == 3 and name != "krea2"
     with Counting() as counting, torch._dynamo.config.patch(error_on_recompile=True):
         assert_parity(model, fast)
         assert_parity(model, fast, width=96, tokens=40, **(dict(frames=3) if frames else {}))
@@ -175,7 +176,7 @@ def test_references_of_z_image_run_eager_and_say_so():
 def with_override(model):
     patched = model.clone()
     options = patched.model_options["transformer_options"]
-    options["optimized_attention_override"] = lambda func, *args, **kwargs: func(*args, **kwargs) * 0.9
+    options["optimized_attention_override"] = lambda func, *args, **kwargs: func(*args, **kwargs).roll(1, 1)
     return patched
 
 
@@ -201,12 +202,14 @@ def with_patch(model, name):
 @pytest.mark.parametrize("name", ["qwen_image", "z_image", "wan_t2v", "krea2"])
 def test_what_others_put_around_attention_runs_as_it_is(name):
     model = tiny(name)
+    # A patch that runs within the same call as an override needs no graph of its own.
+    graphs = [GRAPHS[name], GRAPHS[name] if name == "qwen_image" else 0]
     for changed in [with_override(model)] + ([with_patch(model, name)] if name != "z_image" else []):
         fast = compiled(changed, backend="eager")
         run = masked(16, 11) if name == "qwen_image" else {}
         with Counting() as counting:
             assert_parity(changed, fast, **run)
-        assert (counting.graphs, counting.breaks) == (GRAPHS[name], 0)
+        assert (counting.graphs, counting.breaks) == (graphs.pop(0), 0)
         assert compiled_blocks(fast).eager == {}
         assert (sample(changed, **run) - sample(model, **run)).abs().max() > 1e-3
 

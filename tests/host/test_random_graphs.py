@@ -3,9 +3,21 @@
 from dataclasses import replace
 
 import pytest
-from hotpath_pack.devtools.fuzz import fuzz
+from hotpath_pack.devtools.fuzz import fuzz, replay
 from hotpath_pack.devtools.graphs import Adapter, Graph, random_graph
+from hotpath_pack.host import bypass, weights
 from hotpath_pack.host.families import flux
+
+
+def test_a_minute_of_random_graphs():
+    seen = fuzz(seed=0, seconds=60, graphs=8, most_failures=1)
+    assert not seen.failures, seen.failures[0].as_test()
+    assert seen.graphs and not seen.refused, seen
+
+
+def test_a_layer_that_was_left_alone_in_a_quantized_model_has_no_format():
+    """Seed 1 found it."""
+    replay(Graph(quantize="int8_dynamic", seed=16))
 
 
 def test_a_seed_gives_the_same_graphs_and_another_gives_others():
@@ -36,6 +48,27 @@ def stale_patch(monkeypatch):
     plant_in_interface(monkeypatch, "attention_for", make)
 
 
+def dropped_mask(monkeypatch):
+    def make(real):
+        return lambda inputs, *args: real({**inputs, "attn_mask": None}, *args)
+
+    plant_in_interface(monkeypatch, "region_inputs", make)
+
+
+def wrong_strength_in_bypass(monkeypatch):
+    """A strength that is not read again."""
+    real, first = bypass.bypass_weights, {}
+
+    def bypass_weights(path, layer, like):
+        inner, added = real(path, layer, like)
+        return inner, {
+            name: first.setdefault(name, tensor) if name.endswith("strength") else tensor
+            for name, tensor in added.items()
+        }
+
+    monkeypatch.setattr(weights, "bypass_weights", bypass_weights)
+
+
 def small_graph(seed, number):
     """Of one model and one kind of settings, so that little is compiled."""
     graph = random_graph(seed, number)
@@ -44,9 +77,10 @@ def small_graph(seed, number):
     return replace(graph, **few, adapters=adapters, references=(), batch=1)
 
 
-def test_what_is_planted_is_found_and_told_as_a_test_that_fails_with_it_alone(monkeypatch):
+@pytest.mark.parametrize("plant", [stale_patch, dropped_mask, wrong_strength_in_bypass])
+def test_what_is_planted_is_found_and_told_as_a_test_that_fails_with_it_alone(monkeypatch, plant):
     with monkeypatch.context() as planted:
-        stale_patch(planted)
+        plant(planted)
         (failure,) = fuzz(seed=1, graphs=200, most_failures=1, tries=6, draw=small_graph).failures
         assert failure.problem.startswith("the image differs from eager")
         told = {}

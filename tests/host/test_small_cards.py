@@ -64,9 +64,9 @@ def test_blocks_that_do_not_arrive_ahead_are_moved_by_the_host(flux, monkeypatch
 @pytest.mark.parametrize("format", formats.FORMATS.values(), ids=list(formats.FORMATS))
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_a_weight_quantized_some_rows_at_a_time_has_the_same_bits(monkeypatch, format, dtype):
-    weight = torch.randn(256, 96, generator=torch.Generator().manual_seed(0)).to(dtype)
+    weight = torch.randn(256, 128, generator=torch.Generator().manual_seed(0)).to(dtype)
     whole = formats.QuantizedTensor.from_float(weight.float(), format.layout, **dict(format.options)).to(dtype)
-    monkeypatch.setattr(formats, "AT_ONCE", 96 * 50)
+    monkeypatch.setattr(formats, "AT_ONCE", 128 * 50)
     parts = format.quantize(weight, dtype)
     assert parts._params.orig_shape == whole._params.orig_shape and parts._params.orig_dtype == dtype
     assert torch.equal(parts._qdata.view(torch.uint8), whole._qdata.view(torch.uint8))
