@@ -66,12 +66,12 @@ class GgmlLinear(nn.Module):
         """The values, ``BLOCK`` for each row of ``data`` (blocks, BYTES), with arithmetic in ``dtype``."""
         raise NotImplementedError
 
-    @staticmethod
-    def _parts(data: Tensor, bits: int, run: int) -> Tensor:
-        """The numbers of ``bits`` bits in bytes (blocks, n): of each ``run`` bytes first all lowest ones, then the next
-        higher, as (blocks, runs, 8 / bits, run) uint8."""
-        shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=data.device).reshape(-1, 1)
-        return (data.reshape(data.shape[0], -1, 1, run) >> shifts) & (2**bits - 1)
+
+def _parts(data: Tensor, bits: int, run: int) -> Tensor:
+    """The numbers of ``bits`` bits in bytes (blocks, n): of each ``run`` bytes first all lowest ones, then the next
+    higher, as (blocks, runs, 8 / bits, run) uint8."""
+    shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=data.device).reshape(-1, 1)
+    return (data.reshape(data.shape[0], -1, 1, run) >> shifts) & (2**bits - 1)
 
 
 class BF16(GgmlLinear):
@@ -105,7 +105,7 @@ class Q40(GgmlLinear):
     BYTES = 18
 
     def _values(self, data: Tensor, halves: Tensor, dtype: torch.dtype) -> Tensor:
-        q = self._parts(data[:, 2:], 4, 16).flatten(1).to(torch.int8) - 8
+        q = _parts(data[:, 2:], 4, 16).flatten(1).to(torch.int8) - 8
         return halves[:, :1].to(dtype) * q
 
 
@@ -115,7 +115,7 @@ class Q41(GgmlLinear):
     BYTES = 20
 
     def _values(self, data: Tensor, halves: Tensor, dtype: torch.dtype) -> Tensor:
-        q = self._parts(data[:, 4:], 4, 16).flatten(1)
+        q = _parts(data[:, 4:], 4, 16).flatten(1)
         return halves[:, :1].to(dtype) * q + halves[:, 1:2].to(dtype)
 
 
@@ -124,7 +124,7 @@ class _FiveBits(GgmlLinear):
         """uint8 (blocks, 32) of 4 bytes of fifth bits and 16 bytes of the others."""
         bits = torch.arange(8, dtype=torch.uint8, device=high.device)
         fifth = (high.reshape(-1, 4, 1) >> bits) & 1
-        return self._parts(low, 4, 16).flatten(1) | (fifth.flatten(1) << 4)
+        return _parts(low, 4, 16).flatten(1) | (fifth.flatten(1) << 4)
 
 
 class Q50(_FiveBits):
@@ -168,7 +168,7 @@ class Q4K(_SixBitScales):
 
     def _values(self, data: Tensor, halves: Tensor, dtype: torch.dtype) -> Tensor:
         d, m = self._scales(data[:, 4:16], halves, dtype)
-        q = self._parts(data[:, 16:], 4, 32).flatten(1, 2)
+        q = _parts(data[:, 16:], 4, 32).flatten(1, 2)
         return (d * q - m).flatten(1)
 
 
@@ -179,8 +179,8 @@ class Q5K(_SixBitScales):
 
     def _values(self, data: Tensor, halves: Tensor, dtype: torch.dtype) -> Tensor:
         d, m = self._scales(data[:, 4:16], halves, dtype)
-        fifth = self._parts(data[:, 16:48], 1, 32).flatten(1, 2)
-        q = self._parts(data[:, 48:], 4, 32).flatten(1, 2) | (fifth << 4)
+        fifth = _parts(data[:, 16:48], 1, 32).flatten(1, 2)
+        q = _parts(data[:, 48:], 4, 32).flatten(1, 2) | (fifth << 4)
         return (d * q - m).flatten(1)
 
 
@@ -191,8 +191,8 @@ class Q6K(GgmlLinear):
 
     def _values(self, data: Tensor, halves: Tensor, dtype: torch.dtype) -> Tensor:
         scales = computed_once(halves[:, 104:].to(dtype) * data[:, 192:208].view(torch.int8).to(dtype))
-        low = self._parts(data[:, :128], 4, 64).reshape(-1, 16, 16)
-        high = self._parts(data[:, 128:192], 2, 32).reshape(-1, 16, 16)
+        low = _parts(data[:, :128], 4, 64).reshape(-1, 16, 16)
+        high = _parts(data[:, 128:192], 2, 32).reshape(-1, 16, 16)
         q = (low | (high << 4)).to(torch.int8) - 32
         return (scales.unsqueeze(-1) * q).flatten(1)
 
@@ -203,11 +203,11 @@ class Q3K(GgmlLinear):
     BLOCK, BYTES = 256, 110
 
     def _values(self, data: Tensor, halves: Tensor, dtype: torch.dtype) -> Tensor:
-        scales = self._parts(data[:, 96:104], 4, 8).flatten(1)
-        scales = scales | (self._parts(data[:, 104:108], 2, 4).flatten(1) << 4)
+        scales = _parts(data[:, 96:104], 4, 8).flatten(1)
+        scales = scales | (_parts(data[:, 104:108], 2, 4).flatten(1) << 4)
         d = computed_once(halves[:, 54:].to(dtype) * (scales.to(torch.int8) - 32))
-        low = self._parts(data[:, 32:96], 2, 32).reshape(-1, 16, 16)
-        high = self._parts(data[:, :32], 1, 32).reshape(-1, 16, 16)
+        low = _parts(data[:, 32:96], 2, 32).reshape(-1, 16, 16)
+        high = _parts(data[:, :32], 1, 32).reshape(-1, 16, 16)
         q = (low | (high << 2)).to(torch.int8) - 4
         return (d.unsqueeze(-1) * q).flatten(1)
 
@@ -221,7 +221,7 @@ class Q2K(GgmlLinear):
         scales = data[:, :16]
         d = computed_once(halves[:, 40:41].to(dtype) * (scales & 0x0F))
         m = computed_once(halves[:, 41:].to(dtype) * (scales >> 4))
-        q = self._parts(data[:, 16:80], 2, 32).reshape(-1, 16, 16)
+        q = _parts(data[:, 16:80], 2, 32).reshape(-1, 16, 16)
         return (d.unsqueeze(-1) * q - m.unsqueeze(-1)).flatten(1)
 
 
@@ -242,7 +242,7 @@ class IQ4NL(_Table):
     BYTES = 18
 
     def _values(self, data: Tensor, halves: Tensor, dtype: torch.dtype) -> Tensor:
-        return halves[:, :1].to(dtype) * self._looked_up(self._parts(data[:, 2:], 4, 16).flatten(1))
+        return halves[:, :1].to(dtype) * self._looked_up(_parts(data[:, 2:], 4, 16).flatten(1))
 
 
 class IQ4XS(_Table):
@@ -251,9 +251,9 @@ class IQ4XS(_Table):
     BLOCK, BYTES = 256, 136
 
     def _values(self, data: Tensor, halves: Tensor, dtype: torch.dtype) -> Tensor:
-        scales = self._parts(data[:, 4:8], 4, 1).flatten(1) | (self._parts(data[:, 2:4], 2, 1).flatten(1) << 4)
+        scales = _parts(data[:, 4:8], 4, 1).flatten(1) | (_parts(data[:, 2:4], 2, 1).flatten(1) << 4)
         d = computed_once(halves[:, :1].to(dtype) * (scales.to(torch.int8) - 32).to(dtype))
-        q = self._looked_up(self._parts(data[:, 8:], 4, 16).reshape(-1, 8, 32))
+        q = self._looked_up(_parts(data[:, 8:], 4, 16).reshape(-1, 8, 32))
         return (d.unsqueeze(-1) * q).flatten(1)
 
 
