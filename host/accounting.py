@@ -83,7 +83,10 @@ class CallAccount:
 
     def line(self) -> str:
         """The three counts."""
-        return "{compiled} of {selected} blocks compiled, {eager} eager, {not_run} did not run".format(**self.counts)
+        said = ["{compiled} of {selected} blocks compiled", "{eager} eager", "{not_run} did not run"]
+        counts = self.counts
+        told = [said[0]] + [text for text, name in zip(said[1:], ("eager", "not_run"), strict=True) if counts[name]]
+        return ", ".join(told).format(**counts)
 
 
 def block_name(kind: str, index: int) -> str:

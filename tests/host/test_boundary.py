@@ -7,6 +7,7 @@ import comfy.model_management
 import pytest
 import torch
 from hotpath_pack.host import compile as host_compile
+from hotpath_pack.host import plans, when
 from hotpath_pack.hotpath import compiled as engine
 from hotpath_pack.hotpath.artifacts import FIRST_TIME, Kept
 from hotpath_pack.hotpath.compiled import Region
@@ -19,13 +20,13 @@ from torch._dynamo.exc import InternalTorchDynamoError
 
 # What raises in a seam, and there alone: the caller's module or class, and the name that it calls.
 SEAMS = {
-    "plan": (host_compile, "plan_block"),
-    "layers": (host_compile, "plain_layers"),
+    "plan": (plans, "plan_block"),
+    "layers": (plans, "plain_layers"),
     "weights": (host_compile, "block_weights"),
     "in place": (host_compile, "in_place"),
     "kinds": (host_compile, "input_kinds"),
     "store": (host_compile, "kept_region"),
-    "preflight": (host_compile, "compile_problems"),
+    "preflight": (when, "compile_problems"),
     "region": (engine, "functional_call"),
     "options": (engine.torch, "compile"),
     "copies": (engine, "Copies"),
@@ -78,7 +79,7 @@ register_backend(name="hotpath_failing")(lambda graph, inputs, **kwargs: FAILING
 
 @pytest.mark.parametrize("seam", SEAMS)
 @given(error=ERRORS)
-@settings(max_examples=3, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=2, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_any_error_in_any_seam_runs_eager_and_is_told_once(flux, regions, caplog, seam, error):
     regions._regions.clear()
     caplog.clear()
@@ -108,7 +109,7 @@ def test_any_error_in_any_seam_runs_eager_and_is_told_once(flux, regions, caplog
 
 
 @given(error=ERRORS)
-@settings(max_examples=5, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=1, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @pytest.mark.parametrize("fullgraph", [True, False])
 def test_code_that_fails_when_it_first_runs_gives_way_to_eager_with_its_inputs_as_they_were(
     flux, regions, fullgraph, error

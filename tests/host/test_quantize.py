@@ -253,7 +253,14 @@ def full_width():
     return load(checkpoints.flux1(1, 1, hidden=3072, dtype=torch.bfloat16), dtype=torch.bfloat16)
 
 
-@pytest.mark.parametrize("format", list(FORMATS))
+def test_four_bits_take_a_quarter_and_their_scales():
+    weight = torch.randn(64, 3072, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
+    small = FORMATS["int4_weight_only"].quantize(weight, torch.bfloat16)
+    assert host_quantize.weight_bytes(small) / weight.nbytes == 4.25 / 16
+
+
+# Four bits of a whole block take minutes on a CPU.
+@pytest.mark.parametrize("format", [name for name in FORMATS if name != "int4_weight_only"])
 def test_memory_of_blocks_of_full_width(full_width, format):
     if "ComfyUI" in (FORMATS[format].missing(torch.device("cpu")) or ""):
         pytest.skip("this ComfyUI has no such layers")
@@ -261,7 +268,7 @@ def test_memory_of_blocks_of_full_width(full_width, format):
     with torch.inference_mode():
         done = host_quantize._quantize(full_width, formats, counts, Texts()).done
     # A power of two for each 32 values is a thirty-second more.
-    most = {"nvfp4": 0.35, "mxfp8": 0.5125, "int4_weight_only": 0.27}
+    most = {"nvfp4": 0.35, "mxfp8": 0.5125}
     assert done.bytes_after / done.bytes_before <= most.get(format, 0.51)
 
 

@@ -30,7 +30,9 @@ def test_the_node_is_described(schema):
         "single_blocks",
         "on_failure",
     ]
-    assert list(schema["input"]["optional"]) == ["cache", "cuda_graphs", "when"], "an older API workflow still runs"
+    assert list(schema["input"]["optional"]) == ["cache", "cuda_graphs", "when", "blocks"], (
+        "an older API workflow still runs"
+    )
     assert all(options["tooltip"] for _, options in {**inputs, **schema["input"]["optional"]}.values())
     assert inputs["backend"][1]["options"][0] == "inductor"
     assert inputs["fullgraph"][1]["default"] is True
