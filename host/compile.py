@@ -384,7 +384,8 @@ class CompiledBlocks(Ledger):
         try:
             yield
         except RegionFailed as failure:
-            self._failed[key] = str(failure)
+            if not belongs_to_host(failure):
+                self._failed[key] = str(failure)
             raise
 
     def _announce(self, region: Region) -> None:
