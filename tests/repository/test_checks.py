@@ -93,6 +93,8 @@ def test_metadata_for_the_registry():
     assert metadata["project"]["version"] in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
 
 
+# Between a process and the helper that it started, through a pipe that nobody else has.
+PIPES = ("behind.py", "helper.py")
 # What keeps compiled blocks, below the user's and the output folder, by names that no client chooses; and what reads
 # folders that are looked up in a list, whose index names no file outside.
 OPEN_FILES = {"artifacts.py", "graphs.py", "diffusers_load.py"}
@@ -104,7 +106,7 @@ def test_the_pack_only_reads_over_http_and_opens_few_files_itself():
         for path in (ROOT / folder).rglob("*.py"):
             text = path.read_text(encoding="utf-8")
             assert not re.search(r"routes\.(?!get\b)\w+", text), path
-            assert not re.search(r"\btorch\.load\(|\bpickle\b", text), path
+            assert path.name in PIPES or not re.search(r"\btorch\.load\(|\bpickle\b", text), path
             if path.name not in OPEN_FILES:
                 assert not re.search(r"\bopen\(|\bread_(text|bytes)\(|\bwrite_(text|bytes)\(", text), path
 
