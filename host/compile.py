@@ -152,7 +152,7 @@ class CompiledBlocks(Ledger):
 
     def start(self, patcher: ModelPatcher) -> None:
         """A sampling run begins: what failed before is tried again, and blocks are those that are there now."""
-        self.open()
+        self.start_run()
         self._failed.clear()
         self.replays.start(patcher)
         self.when.begin_run()

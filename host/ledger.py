@@ -60,7 +60,7 @@ class Ledger:
         """The blocks that did not run in the last call, by reason."""
         return self.account.not_run
 
-    def open(self) -> None:
+    def start_run(self) -> None:
         """A sampling run begins: the node shows what is new in it."""
         self._shown_before = len(self.recompiles)
         self.calls = self.calls_without = 0
