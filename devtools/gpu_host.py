@@ -116,14 +116,15 @@ def compiled_per_block(model: Any, backend: str = "inductor") -> Any:
 
 def computed(model: Any, bind: str) -> Any:
     """``model`` whose blocks are traced by the function of that name in ``host.families.flux`` where they would be by
-    ``bind_cudnn``."""
+    ``bind_cudnn``, in templates that have more ways to run."""
     from comfy.patcher_extension import WrappersMP
-    from hotpath_pack.host.families import flux
+    from hotpath_pack.host.families import flux, flux_fused
 
     def otherwise(executor: Any, *args: Any, **kwargs: Any) -> Any:
         own, flux.bind_cudnn = flux.bind_cudnn, getattr(flux, bind)
         try:
-            return executor(*args, **kwargs)
+            with flux_fused.twins(flux.KINDS):
+                return executor(*args, **kwargs)
         finally:
             flux.bind_cudnn = own
 

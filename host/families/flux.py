@@ -17,7 +17,7 @@ from ...hotpath.attention import Attend, cudnn_attention, opaque_attention
 from ...hotpath.sizes import as_size, from_size
 from ...hotpath.template import NotHoistable
 from ..containers import preferred_attention
-from .flux_fused import IN_HALVES, ROTATES, TWINS, WITH_EPILOGUE
+from .flux_fused import IN_HALVES, ROTATES, WITH_EPILOGUE
 from .kinds import BlockKind, Family, Interface, random_tensor
 
 _SPANS = ("modulation_dims", "modulation_dims_img", "modulation_dims_txt")
@@ -205,7 +205,7 @@ def conditioning(diffusion_model: Any, tokens: int) -> tuple[Tensor, dict[str, A
 
 _INTERFACE = Interface(attention_for, bind_for, region_inputs, token_dims, vector="vec")
 KINDS = tuple(
-    BlockKind(name, f"{name}_blocks", block, activation, streams, _INTERFACE, f"{name}_blocks", TWINS[block])
+    BlockKind(name, f"{name}_blocks", block, activation, streams, _INTERFACE, f"{name}_blocks")
     for name, block, activation, streams in (
         ("double", comfy.ldm.flux.layers.DoubleStreamBlock, "img", 2),
         ("single", comfy.ldm.flux.layers.SingleStreamBlock, "x", 1),

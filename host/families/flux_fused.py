@@ -13,7 +13,8 @@ What each is good for: ``python -m benchmarks.kernels``. All are equal to roundi
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import comfy.ops
@@ -28,6 +29,7 @@ from ...hotpath.gelu import LogisticGelu, gelu_of_linear
 from ...hotpath.rotary import norm_rotate, norm_rotate_joint
 from ...hotpath.template import plan_block
 from ..weights import layer_states, plain_layers
+from .kinds import BlockKind
 
 log = logging.getLogger(__name__)
 
@@ -157,6 +159,20 @@ TWINS: dict[type[nn.Module], type[nn.Module]] = {
     DoubleStreamBlock: FusedDoubleBlock,
     SingleStreamBlock: FusedSingleBlock,
 }
+
+
+@contextmanager
+def twins(kinds: Iterable[BlockKind]) -> Iterator[None]:
+    """Let templates of ``kinds`` be twins, which a ``bind`` may ask for fewer passes. Not what users get: nothing has
+    shown yet what a whole step gains, and a graph of a twin is none that another folder of this pack can load."""
+    chosen = [kind for kind in kinds if kind.block in TWINS]
+    try:
+        for kind in chosen:
+            object.__setattr__(kind, "twin", TWINS[kind.block])
+        yield
+    finally:
+        for kind in chosen:
+            object.__setattr__(kind, "twin", None)
 
 
 @torch.no_grad()
