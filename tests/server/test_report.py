@@ -14,13 +14,14 @@ def report(live, **options):
 def test_it_tells_regions_graphs_and_seconds_after_sampling(small_flux):
     lines = report(small_flux)
     assert lines[0].startswith("2 double and 3 single blocks run as 2 regions, compiled in ")
-    assert lines[1].startswith("double block region: graphs 1, graph breaks 0, ")
+    assert lines[1] == "The last step: 5 of 5 blocks compiled"
+    assert lines[2].startswith("double block region: graphs 1, graph breaks 0, ")
     # An older PyTorch keeps nothing of any backend.
     reasons = "the backend aot_eager makes no code that could be kept|PyTorch .* and newer can"
-    assert re.fullmatch(f"double block region cache: off: ({reasons})", lines[2])
-    assert lines[3].startswith("single block region: graphs 1, graph breaks 0, ")
-    assert re.search(r" s, peak memory raised by \d+ MiB \(aot_eager, default\)$", lines[3])
-    assert len(lines) == 5
+    assert re.fullmatch(f"double block region cache: off: ({reasons})", lines[3])
+    assert lines[4].startswith("single block region: graphs 1, graph breaks 0, ")
+    assert re.search(r" s, peak memory raised by \d+ MiB \(aot_eager, default\)$", lines[4])
+    assert len(lines) == 6
 
 
 def test_it_is_made_anew_each_time_and_translates_recompiles(small_flux):
