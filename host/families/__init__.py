@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from typing import Any
 
 from comfy.model_patcher import ModelPatcher
@@ -12,12 +13,16 @@ from ...hotpath.selection import select_blocks
 from .flux import FLUX
 from .hunyuan import HUNYUAN_3D, HUNYUAN_VIDEO
 from .kinds import BlockKind, Family
-from .krea2 import KREA2
 from .qwen_image import QWEN_IMAGE
 from .wan import WAN
 from .z_image import Z_IMAGE
 
-FAMILIES = (FLUX, HUNYUAN_VIDEO, HUNYUAN_3D, QWEN_IMAGE, Z_IMAGE, WAN, KREA2)
+FAMILIES: tuple[Family, ...] = (FLUX, HUNYUAN_VIDEO, HUNYUAN_3D, QWEN_IMAGE, Z_IMAGE, WAN)
+with suppress(ModuleNotFoundError):
+    # Not in the oldest ComfyUI that is supported.
+    from .krea2 import KREA2
+
+    FAMILIES += (KREA2,)
 SUPPORTED = ", ".join(family.models for family in FAMILIES)
 # Of models that are asked for and stay out: what their blocks do.
 _STAYS_OUT = {
