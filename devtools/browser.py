@@ -99,7 +99,7 @@ class Canvas:
                 for key, value in node["inputs"].items()
             }
             numbered[str(ids[name])] = {**node, "inputs": inputs}
-        row = {name: (60 + 330 * (place % 5), 160 + 420 * (place // 5)) for place, name in enumerate(workflow)}
+        row = {name: (60 + 330 * (place % 5), 160 + 580 * (place // 5)) for place, name in enumerate(workflow)}
         at = {str(ids[name]): place for name, place in {**row, **(places or {})}.items()}
         self.page.evaluate(_LOAD, [numbered, at, scale])
         return ids
