@@ -53,21 +53,13 @@ def patched(model):
     return clone
 
 
-def int8():
-    if "int8_tensorwise" not in comfy.quant_ops.QUANT_ALGOS:
-        pytest.skip("this ComfyUI has no int8_tensorwise")
-    with torch.inference_mode():
-        return load(checkpoints.quantized(checkpoints.flux1(1, 1), "int8_tensorwise"), dtype=torch.bfloat16)
-
-
 @pytest.mark.parametrize(
     "make",
     [
         lambda: patched(load(checkpoints.flux1(1, 1))),
         lambda: load(checkpoints.flux2(1, 1), dtype=torch.bfloat16),
-        int8,
     ],
-    ids=["patched", "flux2 in bf16", "int8"],
+    ids=["patched", "flux2 in bf16"],
 )
 def test_the_first_step_finds_ready_what_it_needs(make, prepared, regions):
     model = make()
