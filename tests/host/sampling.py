@@ -3,8 +3,8 @@
 from dataclasses import replace
 
 import comfy.sample
-import comfy.sd
 import torch
+from hotpath_pack.devtools.sampling import load as load
 from hotpath_pack.host.compile import compile_repeated_blocks
 from hotpath_pack.host.families import family_of
 from hotpath_pack.host.progress import NodeText
@@ -14,13 +14,6 @@ from hotpath_pack.hotpath.settings import CompileSettings
 
 TOLERANCE = 1e-4
 SETTINGS = CompileSettings(backend="aot_eager")
-
-
-def load(state_dict, **options):
-    """A MODEL through the host's loader."""
-    model = comfy.sd.load_diffusion_model_state_dict(state_dict, model_options=options)
-    assert model is not None, "the host did not recognize the checkpoint"
-    return model
 
 
 class Texts(NodeText):
