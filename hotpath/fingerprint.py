@@ -22,6 +22,7 @@ import torch
 from torch import nn
 
 from .template import own_state
+from .values import varying_dims
 
 _PACK = __name__.rpartition(".")[0].rpartition(".")[0]
 _PLAIN = (bool, int, float, complex, str, bytes, type(None), type(...), torch.dtype, torch.device)
@@ -114,13 +115,18 @@ def structure_text(template: nn.Module) -> str:
     Raises:
         NotPortable: a module holds state that has no fixed text.
     """
-    lines = []
+    lines, varying = [], varying_dims(template)
     for path, module in template.named_modules():
         state = tuple(sorted(own_state(module).items()))
         lines.append(f"{path} {[_class_text(kind) for kind in _own_classes(module)]} {text_of(state)}")
         for name, parameter in module._parameters.items():
-            shape = "None" if parameter is None else f"{tuple(parameter.shape)} {parameter.dtype}"
-            lines.append(f"{path}.{name} {shape}")
+            if parameter is None:
+                lines.append(f"{path}.{name} None")
+                continue
+            # A code for each rank of a LoRA would be kept otherwise.
+            dims = varying.get(f"{path}.{name}", ())
+            shape = tuple(None if dim in dims else size for dim, size in enumerate(parameter.shape))
+            lines.append(f"{path}.{name} {shape} {parameter.dtype}")
     return "\n".join(lines)
 
 

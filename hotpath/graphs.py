@@ -129,8 +129,8 @@ def compile_graph(
         for entry in entries:
             if entry.is_global and not isinstance(entry.value, ModuleType):
                 names.append(entry.name)
-            # ``type(template.layer)`` is of the closure too.
-            root = re.match(r"(?:type\()*(\w*)", entry.name)
+            # ``dict(type(template.layer).__dict__)`` is of the closure too.
+            root = re.match(r"(?:\w+\()*(\w*)", entry.name)
             keep.append(not entry.is_global and not (root and root[1] in closure))
         return keep
 

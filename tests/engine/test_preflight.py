@@ -41,9 +41,9 @@ def test_a_path_too_long_for_windows(tmp_path):
 
 
 def test_a_space_in_the_path_is_named_where_inductor_stumbles_over_it(tmp_path):
-    odd = tmp_path / "a b" / "日本"
+    odd = tmp_path / "a b" / "\u65e5\u672c"
     assert "has a space in its path" in preflight._spaces_problem("linux", tmp_path, odd)
-    assert preflight._spaces_problem("linux", tmp_path / "日本") is None
+    assert preflight._spaces_problem("linux", tmp_path / "\u65e5\u672c") is None
     assert preflight._spaces_problem("win32", odd) is None
 
 

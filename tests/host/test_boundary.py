@@ -9,7 +9,7 @@ import torch
 from hotpath_pack.host import compile as host_compile
 from hotpath_pack.host import plans, when
 from hotpath_pack.hotpath import compiled as engine
-from hotpath_pack.hotpath.artifacts import FIRST_TIME, Kept
+from hotpath_pack.hotpath.artifacts import Kept, Store
 from hotpath_pack.hotpath.compiled import Region
 from hotpath_pack.hotpath.failures import RegionFailed
 from hypothesis import HealthCheck, given, settings
@@ -207,8 +207,9 @@ def test_spans_that_end_in_none_run(flux):
 
 
 class Refusing(Kept):
-    def __init__(self, error):
-        self.state, self.error = FIRST_TIME, error
+    def __init__(self, folder, error):
+        super().__init__(Store(folder), "a", self.facts)
+        self.error = error
 
     def read(self):
         raise self.error
@@ -218,12 +219,12 @@ class Refusing(Kept):
 
 
 @given(error=ERRORS)
-@settings(max_examples=5)
-def test_a_store_that_fails_costs_what_is_kept_and_no_more(error):
+@settings(max_examples=5, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_a_store_that_fails_costs_what_is_kept_and_no_more(tmp_path, error):
     from torch import nn
 
     template = nn.Linear(4, 4, device="meta")
-    region = Region("a", template, lambda inputs: inputs, engine.CompileSettings(backend="eager"), kept=Refusing(error))
+    region = Region("a", template, lambda inputs: inputs, engine.CompileSettings(backend="eager"), kept=Refusing(tmp_path, error))
     x = torch.randn(2, 4)
     weights = {"weight": torch.randn(4, 4), "bias": torch.zeros(4)}
     torch.testing.assert_close(region(weights, {"input": x}, {}), nn.functional.linear(x, **weights))

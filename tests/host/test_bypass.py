@@ -11,6 +11,7 @@ from hotpath_pack.host import compile as host_compile
 from hotpath_pack.host.compile import compile_repeated_blocks
 from hotpath_pack.host.offload import OffloadSettings, offload_repeated_blocks
 from hotpath_pack.host.quantize import quantize_repeated_blocks
+from hotpath_pack.host.when import LATER
 from hotpath_pack.hotpath import graphs
 from hotpath_pack.hotpath.region_store import RegionStore
 from hotpath_pack.hotpath.settings import CompileSettings
@@ -166,6 +167,7 @@ def test_kept_graphs_serve_another_lora_in_the_next_start(flux, flux_weights, tm
 
     model = bypass(flux, flux_weights, "lora", 0.5)
     assert_parity(model, kept(model))
+    LATER.wait()
     monkeypatch.setattr(host_compile, "REGIONS", RegionStore(capacity=64))
     other = bypass(flux, flux_weights, "lora", 0.9, rank=6, seed=4)
     with Counting() as counting:

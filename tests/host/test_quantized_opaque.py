@@ -91,11 +91,12 @@ def test_a_layout_that_the_host_comes_to_load(flux_weights, monkeypatch):
     for block in model.model.diffusion_model.single_blocks:
         layer = block.linear1
         rows, columns = layer.out_features, layer.in_features
-        scales = torch.full((columns // 16, rows), 0.02)
-        data = torch.randint(-128, 128, (rows, columns // 2), dtype=torch.int8)
-        facts = dict(orig_dtype=torch.float32, orig_shape=(rows, columns), group_size=16)
-        params = layout.Params(scale=scales, zeros=scales * 0.5, **facts)
-        layer.weight = torch.nn.Parameter(comfy.quant_ops.QuantizedTensor(data, name, params), False)
+        with torch.inference_mode():
+            scales = torch.full((columns // 16, rows), 0.02)
+            data = torch.randint(-128, 128, (rows, columns // 2), dtype=torch.int8)
+            facts = dict(orig_dtype=torch.float32, orig_shape=(rows, columns), group_size=16)
+            params = layout.Params(scale=scales, zeros=scales * 0.5, **facts)
+            layer.weight = torch.nn.Parameter(comfy.quant_ops.QuantizedTensor(data, name, params), False)
         layer.quant_format, layer.layout_type = "awq_w4a16", name
     fast = compiled(model, backend="eager")
     assert_parity(model, fast, **SMALL)

@@ -1,5 +1,7 @@
 """The promise of the pack, through a live server: two graphs, no break, no recompile, and what eager gives."""
 
+import re
+
 from live import TOLERANCE
 
 TWO_GRAPHS = {"graphs": 2, "breaks": 0, "recompiles": 0}
@@ -27,7 +29,7 @@ def test_two_graphs_over_sizes_prompts_loras_and_offloaded_weights(whole_flux):
     assert model["eager"] == {}
     log = whole_flux.server.log_text()
     for kind in ("double", "single"):
-        assert log.count(f"{kind} block region compiled in ") == 1
+        assert len(re.findall(f"{kind} block region compiled (?:ahead )?in ", log)) == 1
     assert "loaded partially" in log and "lowvram patches: 0" not in log
 
 
