@@ -2,7 +2,8 @@
 
 from comfy_api.latest import ComfyExtension, io
 
-from .host import report, structure
+from .host import structure
+from .host.telling import report
 from .nodes.benchmark_model import BenchmarkModel
 from .nodes.compile_repeated_blocks import CompileRepeatedBlocks
 from .nodes.compile_report import CompileReport

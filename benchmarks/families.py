@@ -122,7 +122,7 @@ def timed(
     import comfy.sample
     from hotpath_pack.host.families import family_of
     from hotpath_pack.host.families.kinds import random_tensor
-    from hotpath_pack.host.synthetic import latent_shape
+    from hotpath_pack.host.measuring.synthetic import latent_shape
 
     times: list[float] = []
 

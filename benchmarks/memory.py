@@ -70,9 +70,9 @@ def needs() -> list[Need]:
     gpu_host.start(dynamic_vram=False, cpu=True)
     import comfy.model_management
     import comfy.supported_models
-    from hotpath_pack.host.formats import FORMATS as ALL_FORMATS
-    from hotpath_pack.host.modulation import modulation_layers
-    from hotpath_pack.host.quantize import choose, weight_bytes
+    from hotpath_pack.host.quantizing.formats import FORMATS as ALL_FORMATS
+    from hotpath_pack.host.quantizing.quantize import choose, weight_bytes
+    from hotpath_pack.host.residency.modulation import modulation_layers
 
     config = comfy.supported_models.Flux({**FLUX_DEV, "dtype": torch.bfloat16})
     model = config.get_model({}, "", device="meta")

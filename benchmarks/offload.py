@@ -100,7 +100,7 @@ def models() -> list[Model]:
     gpu_host.start(dynamic_vram=False, cpu=True)
     import comfy.model_management
     import comfy.supported_models
-    from hotpath_pack.host.streaming import streamable_layers
+    from hotpath_pack.host.residency.streaming import streamable_layers
 
     found = []
     for name, kind, config in (("Flux.1", "Flux", FLUX_DEV), ("Flux.2", "Flux2", FLUX2_DEV)):

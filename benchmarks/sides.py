@@ -133,7 +133,7 @@ class DiffusersSide:
 
     def __init__(self, folder: Path, backend: str) -> None:
         import comfy.sd
-        from hotpath_pack.host.diffusers import config_of, places, transformer_of
+        from hotpath_pack.host.diffusers_folders.format import config_of, places, transformer_of
 
         flux = comfy.sd.load_diffusion_model(str(folder / CHECKPOINT)).model.diffusion_model
         config = config_of(flux)

@@ -135,7 +135,7 @@ def _measure(shape: str, size: int, name: str, model: Any, latents: dict[str, to
 
 def _forget() -> None:
     """What another way recorded, and what the allocator keeps."""
-    from hotpath_pack.host import replay
+    from hotpath_pack.host.compiling import replay
 
     for recordings in replay._RECORDINGS.values():
         recordings.drop()

@@ -183,9 +183,9 @@ def _run(side: Side, shape: Shape, checkpoint: Path, user: Path) -> dict[str, An
     import comfy.sd
     import folder_paths
     from comfy_extras.nodes_torch_compile import TorchCompileModel
-    from hotpath_pack.host.behind import HELPER
-    from hotpath_pack.host.compile import REGIONS, compile_repeated_blocks
-    from hotpath_pack.host.progress import NodeText
+    from hotpath_pack.host.compiling.behind import HELPER
+    from hotpath_pack.host.compiling.compile import REGIONS, compile_repeated_blocks
+    from hotpath_pack.host.telling.progress import NodeText
     from hotpath_pack.hotpath.counters import graphs_so_far
     from hotpath_pack.hotpath.settings import CompileSettings
 

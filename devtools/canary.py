@@ -52,9 +52,9 @@ def models() -> dict[str, Callable[[], Any]]:
 
 def examine(name: str, make: Callable[[], Any]) -> Row:
     """One step of the MODEL that ``make`` gives; what the host or this pack raises is the reason for all of it."""
-    from hotpath_pack.host.compile import compile_repeated_blocks, compiled_blocks
-    from hotpath_pack.host.progress import NodeText
-    from hotpath_pack.host.synthetic import Inputs, sample
+    from hotpath_pack.host.compiling.compile import compile_repeated_blocks, compiled_blocks
+    from hotpath_pack.host.measuring.synthetic import Inputs, sample
+    from hotpath_pack.host.telling.progress import NodeText
     from hotpath_pack.hotpath.compiled import CompileSettings
 
     try:

@@ -22,11 +22,11 @@ import comfy.sd
 import torch
 from torch import Tensor
 
-from ..host import compile as host_compile
-from ..host.compile import compile_repeated_blocks, compiled_blocks
-from ..host.offload import OffloadSettings, offload_repeated_blocks
-from ..host.progress import NodeText
-from ..host.quantize import quantize_repeated_blocks
+from ..host.compiling import compile as host_compile
+from ..host.compiling.compile import compile_repeated_blocks, compiled_blocks
+from ..host.quantizing.quantize import quantize_repeated_blocks
+from ..host.residency.offload import OffloadSettings, offload_repeated_blocks
+from ..host.telling.progress import NodeText
 from ..hotpath.counters import graphs_so_far
 from ..hotpath.region_store import RegionStore
 from ..hotpath.settings import CompileSettings

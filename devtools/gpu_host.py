@@ -94,8 +94,8 @@ def load_gguf(double: int, single: int, kind: str, **shape: Any) -> Any:
 
 def compiled(model: Any, cache: str = "off", cuda_graphs: str = "auto", **settings: Any) -> Any:
     """``model`` as Compile Repeated Blocks with ``settings`` returns it; what can't be compiled is an error."""
-    from hotpath_pack.host.compile import compile_repeated_blocks
-    from hotpath_pack.host.progress import NodeText
+    from hotpath_pack.host.compiling.compile import compile_repeated_blocks
+    from hotpath_pack.host.telling.progress import NodeText
     from hotpath_pack.hotpath.settings import CompileSettings
 
     chosen = CompileSettings(**settings)
@@ -135,8 +135,8 @@ def computed(model: Any, bind: str) -> Any:
 
 def quantize(model: Any, format: str) -> Any:
     """``model`` as Quantize Repeated Blocks returns it."""
-    from hotpath_pack.host.progress import NodeText
-    from hotpath_pack.host.quantize import quantize_repeated_blocks
+    from hotpath_pack.host.quantizing.quantize import quantize_repeated_blocks
+    from hotpath_pack.host.telling.progress import NodeText
 
     with torch.inference_mode():
         return quantize_repeated_blocks(model, format, "", NodeText(None))
@@ -144,8 +144,8 @@ def quantize(model: Any, format: str) -> Any:
 
 def offload(model: Any, **settings: Any) -> Any:
     """``model`` as Offload Repeated Blocks with ``settings`` returns it."""
-    from hotpath_pack.host.offload import OffloadSettings, offload_repeated_blocks
-    from hotpath_pack.host.progress import NodeText
+    from hotpath_pack.host.residency.offload import OffloadSettings, offload_repeated_blocks
+    from hotpath_pack.host.telling.progress import NodeText
 
     return offload_repeated_blocks(model, OffloadSettings(**settings), NodeText(None))
 
@@ -205,7 +205,7 @@ def time_steps(model: Any, size: tuple[int, int], tokens: int, steps: int) -> tu
 def predict_streaming(model: Any, resident: float, bandwidth: float) -> tuple[int, float] | None:
     """The bytes that ``model`` streams in a step, and the step in milliseconds that the model of the bus predicts from
     that of a MODEL with all blocks ``resident`` and a ``bandwidth`` in bytes a millisecond; None if it streams none."""
-    from hotpath_pack.host.offload import LeavesOut
+    from hotpath_pack.host.residency.offload import LeavesOut
     from hotpath_pack.hotpath.stream import predict
 
     if not isinstance(model, LeavesOut):

@@ -13,7 +13,7 @@ from comfyui_version import __version__
 from ..hotpath.template import NotHoistable, plan_block
 from . import NEWEST_HOST, OLDEST_HOST
 from .families.flux import FLUX
-from .weights import layer_states, plain_layers
+from .residency.weights import layer_states, plain_layers
 
 log = logging.getLogger(__name__)
 

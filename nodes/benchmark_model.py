@@ -7,9 +7,9 @@ from typing import Any
 from comfy.model_patcher import ModelPatcher
 from comfy_api.latest import io, ui
 
-from ..host.benchmark import benchmark_model
-from ..host.progress import NodeText
-from ..host.synthetic import Inputs
+from ..host.measuring.benchmark import benchmark_model
+from ..host.measuring.synthetic import Inputs
+from ..host.telling.progress import NodeText
 
 
 class BenchmarkModel(io.ComfyNode):

@@ -5,11 +5,11 @@ from inspect import cleandoc
 from comfy.model_patcher import ModelPatcher
 from comfy_api.latest import io
 
-from ..host.artifacts import CACHE
-from ..host.compile import compile_repeated_blocks
-from ..host.progress import NodeText
-from ..host.replay import CHOICES
-from ..host.when import WHEN
+from ..host.compiling.artifacts import CACHE
+from ..host.compiling.compile import compile_repeated_blocks
+from ..host.compiling.replay import CHOICES
+from ..host.compiling.when import WHEN
+from ..host.telling.progress import NodeText
 from ..hotpath.backends import available_backends
 from ..hotpath.selection import check_selection
 from ..hotpath.settings import DYNAMIC, MODES, CompileSettings

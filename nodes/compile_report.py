@@ -7,8 +7,8 @@ from typing import Any
 from comfy.model_patcher import ModelPatcher
 from comfy_api.latest import io, ui
 
-from ..host.progress import NodeText
-from ..host.report import describe
+from ..host.telling.progress import NodeText
+from ..host.telling.report import describe
 
 
 class CompileReport(io.ComfyNode):

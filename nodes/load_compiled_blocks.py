@@ -5,7 +5,7 @@ from inspect import cleandoc
 from comfy.model_patcher import ModelPatcher
 from comfy_api.latest import io, ui
 
-from ..host.bundles import bundle_names, load_bundle
+from ..host.compiling.bundles import bundle_names, load_bundle
 
 
 class LoadCompiledBlocks(io.ComfyNode):

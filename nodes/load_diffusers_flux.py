@@ -4,8 +4,8 @@ from inspect import cleandoc
 
 from comfy_api.latest import io
 
-from ..host.diffusers_load import diffusers_folders, load_diffusers_flux
-from ..host.progress import NodeText
+from ..host.diffusers_folders.load import diffusers_folders, load_diffusers_flux
+from ..host.telling.progress import NodeText
 
 
 class LoadDiffusersFlux(io.ComfyNode):

@@ -5,9 +5,9 @@ from inspect import cleandoc
 from comfy.model_patcher import ModelPatcher
 from comfy_api.latest import io
 
-from ..host.budget import Budget
-from ..host.offload import MODULATION, OffloadSettings, offload_repeated_blocks
-from ..host.progress import NodeText
+from ..host.residency.budget import Budget
+from ..host.residency.offload import MODULATION, OffloadSettings, offload_repeated_blocks
+from ..host.telling.progress import NodeText
 from ..hotpath.stream import ORDERS
 
 

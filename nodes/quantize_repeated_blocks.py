@@ -5,9 +5,9 @@ from inspect import cleandoc
 from comfy.model_patcher import ModelPatcher
 from comfy_api.latest import io
 
-from ..host.formats import node_formats, require_format_here
-from ..host.progress import NodeText
-from ..host.quantize import quantize_repeated_blocks
+from ..host.quantizing.formats import node_formats, require_format_here
+from ..host.quantizing.quantize import quantize_repeated_blocks
+from ..host.telling.progress import NodeText
 
 
 class QuantizeRepeatedBlocks(io.ComfyNode):

@@ -5,8 +5,8 @@ from inspect import cleandoc
 from comfy.model_patcher import ModelPatcher
 from comfy_api.latest import io
 
-from ..host.diffusers_save import save_as_diffusers_flux
-from ..host.progress import NodeText
+from ..host.diffusers_folders.save import save_as_diffusers_flux
+from ..host.telling.progress import NodeText
 
 
 class SaveAsDiffusersFlux(io.ComfyNode):

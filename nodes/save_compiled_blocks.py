@@ -6,7 +6,7 @@ from typing import Any
 from comfy.model_patcher import ModelPatcher
 from comfy_api.latest import io, ui
 
-from ..host.bundles import save_bundle
+from ..host.compiling.bundles import save_bundle
 
 
 class SaveCompiledBlocks(io.ComfyNode):

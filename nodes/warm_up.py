@@ -5,9 +5,9 @@ from inspect import cleandoc
 from comfy.model_patcher import ModelPatcher
 from comfy_api.latest import io, ui
 
-from ..host.progress import NodeText
-from ..host.synthetic import read_batch_sizes, read_sizes
-from ..host.warm_up import warm_up
+from ..host.compiling.warm_up import warm_up
+from ..host.measuring.synthetic import read_batch_sizes, read_sizes
+from ..host.telling.progress import NodeText
 
 
 class WarmUp(io.ComfyNode):

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ...hotpath.attention import Attend, cudnn_attention, opaque_attention
 from ...hotpath.sizes import as_size, from_size
 from ...hotpath.template import NotHoistable
-from ..containers import preferred_attention
+from ..layers.containers import preferred_attention
 from .flux_fused import IN_HALVES, ROTATES, WITH_EPILOGUE
 from .kinds import BlockKind, Family, Interface, random_tensor
 

@@ -28,7 +28,7 @@ from ...hotpath.attention import cudnn_attention
 from ...hotpath.gelu import LogisticGelu, gelu_of_linear
 from ...hotpath.rotary import norm_rotate, norm_rotate_joint
 from ...hotpath.template import plan_block
-from ..weights import layer_states, plain_layers
+from ..residency.weights import layer_states, plain_layers
 from .kinds import BlockKind
 
 log = logging.getLogger(__name__)

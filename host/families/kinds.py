@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ...hotpath.attention import Attend
 from ...hotpath.compiled import Bind
 from ...hotpath.template import NotHoistable, refuse_bolted_on
-from ..weights import class_name, refuse_replaced_forward
+from ..residency.weights import class_name, refuse_replaced_forward
 
 
 @dataclass(frozen=True)

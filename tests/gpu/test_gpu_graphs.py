@@ -27,7 +27,7 @@ def user_folder(tmp_path, monkeypatch):
 @pytest.fixture(autouse=True)
 def no_recordings():
     yield
-    from hotpath_pack.host import replay
+    from hotpath_pack.host.compiling import replay
 
     for recordings in replay._RECORDINGS.values():
         recordings.drop()
@@ -122,7 +122,7 @@ def test_streamed_weights_are_never_recorded():
     sample(off)
     want = sample(off, steps=4)
     assert torch.equal(sample(on, steps=4), want)
-    from hotpath_pack.host.replay import STREAMED
+    from hotpath_pack.host.compiling.replay import STREAMED
 
     assert STREAMED in replays_of(on).why_not
 

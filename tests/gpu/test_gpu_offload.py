@@ -16,7 +16,7 @@ RUN = dict(size=(512, 512), tokens=64, steps=3)
 def test_the_same_bits_with_a_quarter_less_on_the_device(dynamic, patched, format):
     import comfy.model_management
     from comfy.sd import load_lora_for_models
-    from hotpath_pack.host.modulation import modulation_layers
+    from hotpath_pack.host.residency.modulation import modulation_layers
 
     model = load(3, 4, torch.bfloat16, dynamic=dynamic, hidden=2048)
     assert model.is_dynamic() == dynamic

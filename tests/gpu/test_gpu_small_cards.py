@@ -106,7 +106,7 @@ def test_after_a_prompt_that_ended_in_a_block_the_next_one_works(few, card, bloc
 
 
 def test_memory_that_ends_in_the_modulation_pass(few, card, monkeypatch):
-    from hotpath_pack.host import modulation
+    from hotpath_pack.host.residency import modulation
 
     model, want = few
     lean = offload(model)

@@ -20,7 +20,7 @@ args.use_pytorch_cross_attention = True
 
 import torch  # noqa: E402
 from hotpath_pack.devtools import checkpoints  # noqa: E402
-from hotpath_pack.host import compile as host_compile  # noqa: E402
+from hotpath_pack.host.compiling import compile as host_compile  # noqa: E402
 from hotpath_pack.hotpath.region_store import RegionStore  # noqa: E402
 from sampling import load  # noqa: E402
 

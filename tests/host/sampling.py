@@ -5,10 +5,10 @@ from dataclasses import replace
 import comfy.sample
 import torch
 from hotpath_pack.devtools.sampling import load as load
-from hotpath_pack.host.compile import compile_repeated_blocks
+from hotpath_pack.host.compiling.compile import compile_repeated_blocks
 from hotpath_pack.host.families import family_of
-from hotpath_pack.host.progress import NodeText
-from hotpath_pack.host.synthetic import latent_shape
+from hotpath_pack.host.measuring.synthetic import latent_shape
+from hotpath_pack.host.telling.progress import NodeText
 from hotpath_pack.hotpath.counters import breaks_so_far, graphs_so_far
 from hotpath_pack.hotpath.settings import CompileSettings
 

@@ -5,7 +5,7 @@ import torch
 from comfy.patcher_extension import WrappersMP
 from comfy_api.torch_helpers import set_torch_compile_wrapper
 from comfy_extras.nodes_easycache import EasyCacheNode
-from hotpath_pack.host.eager_steps import EagerSteps, eager_seconds
+from hotpath_pack.host.measuring.eager_steps import EagerSteps, eager_seconds
 from sampling import Texts, assert_parity, compiled, compiled_blocks, sample
 from torch import nn
 
@@ -133,7 +133,7 @@ def test_eager_steps_are_timed_only_where_all_blocks_ran(flux):
         kinds = []
 
         def note(executor, x, t, c_concat=None, c_crossattn=None, *args, kinds=kinds, **kwargs):
-            from hotpath_pack.host.eager_steps import step_kind
+            from hotpath_pack.host.measuring.eager_steps import step_kind
 
             kinds.append(step_kind(executor.class_obj, x, c_crossattn))
             return executor(x, t, c_concat, c_crossattn, *args, **kwargs)

@@ -6,9 +6,9 @@ import folder_paths
 import pytest
 import torch
 from hotpath_pack.devtools import checkpoints
-from hotpath_pack.host import behind
-from hotpath_pack.host.behind import Helper
-from hotpath_pack.host.compile import compile_repeated_blocks
+from hotpath_pack.host.compiling import behind
+from hotpath_pack.host.compiling.behind import Helper
+from hotpath_pack.host.compiling.compile import compile_repeated_blocks
 from hotpath_pack.hotpath import graphs
 from hotpath_pack.hotpath.compiled import Region
 from hotpath_pack.hotpath.settings import CompileSettings

@@ -6,8 +6,8 @@ import logging
 import comfy.model_management
 import pytest
 import torch
-from hotpath_pack.host import compile as host_compile
-from hotpath_pack.host import plans, when
+from hotpath_pack.host.compiling import compile as host_compile
+from hotpath_pack.host.compiling import plans, when
 from hotpath_pack.hotpath import compiled as engine
 from hotpath_pack.hotpath.artifacts import Kept, Store
 from hotpath_pack.hotpath.compiled import Region
@@ -224,7 +224,9 @@ def test_a_store_that_fails_costs_what_is_kept_and_no_more(tmp_path, error):
     from torch import nn
 
     template = nn.Linear(4, 4, device="meta")
-    region = Region("a", template, lambda inputs: inputs, engine.CompileSettings(backend="eager"), kept=Refusing(tmp_path, error))
+    region = Region(
+        "a", template, lambda inputs: inputs, engine.CompileSettings(backend="eager"), kept=Refusing(tmp_path, error)
+    )
     x = torch.randn(2, 4)
     weights = {"weight": torch.randn(4, 4), "bias": torch.zeros(4)}
     torch.testing.assert_close(region(weights, {"input": x}, {}), nn.functional.linear(x, **weights))

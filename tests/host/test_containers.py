@@ -6,7 +6,7 @@ import textwrap
 
 import pytest
 import torch
-from hotpath_pack.host.weights import layer_states, plain_layers
+from hotpath_pack.host.residency.weights import layer_states, plain_layers
 from hotpath_pack.hotpath.template import NotHoistable, plan_block
 from sampling import TOLERANCE, assert_parity, compiled, compiled_blocks, sample
 

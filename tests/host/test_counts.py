@@ -5,7 +5,7 @@ import torch
 from comfy.sd import load_lora_for_models
 from hotpath_pack.devtools import checkpoints
 from hotpath_pack.devtools.host_nodes import low_vram
-from hotpath_pack.host.weights import plain_layer
+from hotpath_pack.host.residency.weights import plain_layer
 from hotpath_pack.hotpath.gelu import LogisticGelu
 from hotpath_pack.hotpath.settings import MODES
 from sampling import Counting, assert_parity, compiled, compiled_blocks, load, sample

@@ -13,8 +13,8 @@ from comfy.sd import load_lora_for_models
 from diffusers import AutoencoderKL, Flux2Transformer2DModel, FluxTransformer2DModel
 from hotpath_pack.devtools import checkpoints
 from hotpath_pack.devtools.measure import snr
-from hotpath_pack.host.diffusers_load import diffusers_folders, load_diffusers_flux, load_folder
-from hotpath_pack.host.diffusers_save import save_as_diffusers_flux
+from hotpath_pack.host.diffusers_folders.load import diffusers_folders, load_diffusers_flux, load_folder
+from hotpath_pack.host.diffusers_folders.save import save_as_diffusers_flux
 from safetensors.torch import load_file
 from sampling import TOLERANCE, Counting, Texts, assert_two_graphs, compiled, load, sample
 from test_counts import in_low_vram

@@ -5,10 +5,10 @@ import re
 import pytest
 import torch
 from hotpath_pack.devtools import checkpoints, gguf_pack
-from hotpath_pack.host.report import describe
-from hotpath_pack.host.streaming import RESIDENCY
-from hotpath_pack.host.warm_up import warm_up
-from hotpath_pack.host.weights import plain_layer
+from hotpath_pack.host.compiling.warm_up import warm_up
+from hotpath_pack.host.residency.streaming import RESIDENCY
+from hotpath_pack.host.residency.weights import plain_layer
+from hotpath_pack.host.telling.report import describe
 from hotpath_pack.hotpath.template import NotHoistable
 from sampling import Counting, Texts, compiled, compiled_blocks, sample
 from test_counts import with_lora

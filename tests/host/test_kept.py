@@ -6,13 +6,13 @@ import folder_paths
 import pytest
 import torch
 from hotpath_pack.devtools import checkpoints, family_models, gguf_pack
-from hotpath_pack.host import artifacts
-from hotpath_pack.host import compile as host_compile
-from hotpath_pack.host.compile import compile_repeated_blocks
+from hotpath_pack.host.compiling import artifacts
+from hotpath_pack.host.compiling import compile as host_compile
+from hotpath_pack.host.compiling.compile import compile_repeated_blocks
+from hotpath_pack.host.compiling.when import LATER
 from hotpath_pack.host.families.flux import bind_cudnn, bind_opaque, bind_traced
-from hotpath_pack.host.offload import OffloadSettings, offload_repeated_blocks
-from hotpath_pack.host.weights import plain_layer
-from hotpath_pack.host.when import LATER
+from hotpath_pack.host.residency.offload import OffloadSettings, offload_repeated_blocks
+from hotpath_pack.host.residency.weights import plain_layer
 from hotpath_pack.hotpath import graphs
 from hotpath_pack.hotpath.fingerprint import NotPortable
 from hotpath_pack.hotpath.region_store import RegionStore

@@ -10,9 +10,9 @@ import pytest
 import torch
 from hotpath_pack.devtools import checkpoints
 from hotpath_pack.devtools.newest_host import is_newest
-from hotpath_pack.host import compile as host_compile
-from hotpath_pack.host.compile import compile_repeated_blocks
-from hotpath_pack.host.quantize import quantize_repeated_blocks
+from hotpath_pack.host.compiling import compile as host_compile
+from hotpath_pack.host.compiling.compile import compile_repeated_blocks
+from hotpath_pack.host.quantizing.quantize import quantize_repeated_blocks
 from hotpath_pack.hotpath import graphs
 from hotpath_pack.hotpath.region_store import RegionStore
 from hotpath_pack.hotpath.settings import CompileSettings

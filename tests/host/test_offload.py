@@ -11,9 +11,9 @@ import torch
 from comfy.model_patcher import ModelPatcher
 from comfy.sd import load_lora_for_models
 from hotpath_pack.devtools import checkpoints
-from hotpath_pack.host import modulation
-from hotpath_pack.host.offload import KEY, LeavesOut, OffloadSettings, offload_repeated_blocks
-from hotpath_pack.host.report import describe, report
+from hotpath_pack.host.residency import modulation
+from hotpath_pack.host.residency.offload import KEY, LeavesOut, OffloadSettings, offload_repeated_blocks
+from hotpath_pack.host.telling.report import describe, report
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file

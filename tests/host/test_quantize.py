@@ -8,9 +8,9 @@ import torch
 from comfy.sd import load_lora_for_models
 from hotpath_pack.devtools import checkpoints
 from hotpath_pack.devtools.measure import snr
-from hotpath_pack.host import quantize as host_quantize
-from hotpath_pack.host.formats import FORMATS, VECTOR_FORMAT, node_formats, require_format_here
-from hotpath_pack.host.quantize import quantization, quantize_repeated_blocks
+from hotpath_pack.host.quantizing import quantize as host_quantize
+from hotpath_pack.host.quantizing.formats import FORMATS, VECTOR_FORMAT, node_formats, require_format_here
+from hotpath_pack.host.quantizing.quantize import quantization, quantize_repeated_blocks
 from sampling import Counting, Texts, assert_parity, assert_two_graphs, compiled, compiled_blocks, load, sample
 from test_counts import in_low_vram
 

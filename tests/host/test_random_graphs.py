@@ -5,8 +5,9 @@ from dataclasses import replace
 import pytest
 from hotpath_pack.devtools.fuzz import fuzz, replay
 from hotpath_pack.devtools.graphs import Adapter, Graph, random_graph
-from hotpath_pack.host import bypass, weights
 from hotpath_pack.host.families import flux
+from hotpath_pack.host.layers import bypass
+from hotpath_pack.host.residency import weights
 
 
 def test_a_minute_of_random_graphs():

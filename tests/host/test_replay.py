@@ -8,9 +8,9 @@ import torch
 from comfy.sd import load_lora_for_models
 from hotpath_pack.devtools import checkpoints
 from hotpath_pack.devtools.reruns import Reruns
-from hotpath_pack.host import compile as host_compile
-from hotpath_pack.host import replay
-from hotpath_pack.host.compile import compile_repeated_blocks
+from hotpath_pack.host.compiling import compile as host_compile
+from hotpath_pack.host.compiling import replay
+from hotpath_pack.host.compiling.compile import compile_repeated_blocks
 from hotpath_pack.hotpath import graphs
 from hotpath_pack.hotpath.recorded import HELD
 from hotpath_pack.hotpath.settings import CompileSettings

@@ -5,9 +5,10 @@ import pytest
 import torch
 from comfy.model_patcher import ModelPatcher, ModelPatcherDynamic
 from hotpath_pack.devtools import checkpoints
-from hotpath_pack.host import dynamic_vram, formats, modulation, streaming
-from hotpath_pack.host.budget import Budget
-from hotpath_pack.host.offload import OffloadSettings, offload_repeated_blocks
+from hotpath_pack.host.quantizing import formats
+from hotpath_pack.host.residency import dynamic_vram, modulation, streaming
+from hotpath_pack.host.residency.budget import Budget
+from hotpath_pack.host.residency.offload import OffloadSettings, offload_repeated_blocks
 from hotpath_pack.hotpath.stream import leaving_order
 from sampling import TOLERANCE, Texts, compiled, load, sample
 from test_offload import SMALL, ahead_of, offloaded

@@ -11,11 +11,11 @@ import torch
 from comfy_extras.nodes_torch_compile import TorchCompileModel
 from hotpath_pack.devtools import checkpoints
 from hotpath_pack.devtools.copies import LateCopies
-from hotpath_pack.host import streaming
-from hotpath_pack.host.budget import GIB, Budget
-from hotpath_pack.host.offload import KEY
-from hotpath_pack.host.report import describe, report
-from hotpath_pack.host.streaming import RESIDENCY, pinned_copies
+from hotpath_pack.host.residency import streaming
+from hotpath_pack.host.residency.budget import GIB, Budget
+from hotpath_pack.host.residency.offload import KEY
+from hotpath_pack.host.residency.streaming import RESIDENCY, pinned_copies
+from hotpath_pack.host.telling.report import describe, report
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file

@@ -4,12 +4,12 @@ import comfy.model_management
 import pytest
 import torch
 from hotpath_pack.devtools import checkpoints
-from hotpath_pack.host import warm_up as host_warm_up
-from hotpath_pack.host.benchmark import Side, benchmark_model, break_even, describe
-from hotpath_pack.host.offload import KEY, OffloadSettings, offload_repeated_blocks
-from hotpath_pack.host.streaming import StreamedBlocks
-from hotpath_pack.host.synthetic import Inputs, read_batch_sizes, read_sizes
-from hotpath_pack.host.synthetic import sample as run
+from hotpath_pack.host.compiling import warm_up as host_warm_up
+from hotpath_pack.host.measuring.benchmark import Side, benchmark_model, break_even, describe
+from hotpath_pack.host.measuring.synthetic import Inputs, read_batch_sizes, read_sizes
+from hotpath_pack.host.measuring.synthetic import sample as run
+from hotpath_pack.host.residency.offload import KEY, OffloadSettings, offload_repeated_blocks
+from hotpath_pack.host.residency.streaming import StreamedBlocks
 from sampling import Counting, Texts, compiled, load, sample
 
 SMALL = Inputs(64, 48, 1, 16)

@@ -10,8 +10,8 @@ import folder_paths
 import pytest
 import torch
 from hotpath_pack.devtools import checkpoints
-from hotpath_pack.host import warming
-from hotpath_pack.host.compile import compile_repeated_blocks
+from hotpath_pack.host.compiling import warming
+from hotpath_pack.host.compiling.compile import compile_repeated_blocks
 from hotpath_pack.hotpath import graphs
 from hotpath_pack.hotpath.compiled import Region
 from hotpath_pack.hotpath.settings import CompileSettings

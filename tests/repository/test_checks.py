@@ -67,7 +67,10 @@ def test_diffusers_is_imported_by_what_needs_it_when_it_does():
     for folder in ("host", "nodes", "hotpath"):
         for path in (ROOT / folder).rglob("*.py"):
             assert not imported.search(path.read_text(encoding="utf-8")), path
-    oldest = re.search(r'OLDEST_DIFFUSERS = "([\d.]+)"', (ROOT / "host" / "diffusers.py").read_text(encoding="utf-8"))
+    oldest = re.search(
+        r'OLDEST_DIFFUSERS = "([\d.]+)"',
+        (ROOT / "host" / "diffusers_folders" / "format.py").read_text(encoding="utf-8"),
+    )
     requirement = f"diffusers>={oldest[1]}"
     assert requirement in (ROOT / "requirements.txt").read_text(encoding="utf-8").splitlines()
     assert f'dependencies = ["{requirement}", ' in CONFIG.read_text(encoding="utf-8")
@@ -97,7 +100,7 @@ def test_metadata_for_the_registry():
 PIPES = ("behind.py", "helper.py")
 # What keeps compiled blocks, below the user's and the output folder, by names that no client chooses; and what reads
 # folders that are looked up in a list, whose index names no file outside.
-OPEN_FILES = {"artifacts.py", "graphs.py", "diffusers_load.py"}
+OPEN_FILES = {"artifacts.py", "graphs.py", "load.py"}
 
 
 def test_the_pack_only_reads_over_http_and_opens_few_files_itself():

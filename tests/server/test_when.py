@@ -26,7 +26,7 @@ def helpers(live):
                 command = open(f"/proc/{folder}/cmdline").read()
             except OSError:
                 continue
-            if int(parent) == live.server.pid and "host.helper" in command:
+            if int(parent) == live.server.pid and "host.compiling.helper" in command:
                 children.append(int(folder))
     return children
 

@@ -1,0 +1,27 @@
+"""Where getting code for a block ends, whose failures have a block run eager, and the host's own computation begins."""
+
+from __future__ import annotations
+
+import comfy.model_management
+
+from ...hotpath.failures import RegionFailed, reason_of
+from ...hotpath.template import NotHoistable
+
+_PASSED = (NotHoistable, RegionFailed, comfy.model_management.InterruptProcessingException)
+
+
+class GettingCode:
+    """A scope in which whatever is raised comes from getting code for the block ``name``: RegionFailed.
+
+    Memory too: what a block takes as a whole may not be there where there is enough for one layer at a time.
+    """
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
+        if isinstance(error, Exception) and not isinstance(error, _PASSED):
+            raise RegionFailed(self._name, reason_of(error)) from error

@@ -1,0 +1,401 @@
+"""Compile the repeated blocks of a MODEL while it samples."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import weakref
+from collections.abc import Callable, Collection, Hashable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, nullcontext
+from types import MappingProxyType
+from typing import Any
+
+import comfy.model_management
+import torch
+from comfy.model_patcher import ModelPatcher
+from comfy.patcher_extension import CallbacksMP, WrapperExecutor, WrappersMP
+from torch import Tensor, nn
+
+from ...hotpath.artifacts import NotKept
+from ...hotpath.attention import Attend, attention_scope
+from ...hotpath.compiled import Bind, Region
+from ...hotpath.failures import RegionFailed, belongs_to_host, reason_of
+from ...hotpath.region_store import RegionStore
+from ...hotpath.settings import CompileSettings
+from ...hotpath.template import BlockPlan, NotHoistable
+from ...hotpath.values import input_kinds
+from ..families import require_family, selected_blocks
+from ..families.kinds import BlockKind
+from ..measuring.eager_steps import step_kind
+from ..models import WHOLE_MODEL, compiled_by_another, is_compiled, require_model, to_device
+from ..residency.weights import block_weights, in_place
+from ..telling.accounting import CallAccount, block_name, routed, untouched
+from ..telling.ledger import Ledger
+from ..telling.progress import NodeText
+from .artifacts import kept_region, require_kept, unsupported
+from .boundary import GettingCode
+from .plans import Plans
+from .replay import NOT_AHEAD, Replayed, Replays
+from .warming import Arguments, Example
+from .when import LATER, When, check_machine
+
+log = logging.getLogger(__name__)
+
+WRAPPER_KEY = "hotpath_compile"
+_WHOLE = "another node compiles the whole model; remove one of the two"
+_SINGLE = "another node compiles this block by itself; remove one of the two"
+_Blocks = dict[str, list[weakref.ref[nn.Module]]]
+REGIONS = RegionStore(capacity=64)
+# What each compile node last made, by node id.
+LATEST: weakref.WeakValueDictionary[str | None, CompiledBlocks] = weakref.WeakValueDictionary()
+
+
+def compile_repeated_blocks(
+    model: ModelPatcher,
+    settings: CompileSettings,
+    double_blocks: str,
+    single_blocks: str,
+    on_failure: str,
+    text: NodeText,
+    cache: str = "off",
+    cuda_graphs: str = "auto",
+    when: str = "",
+    other_blocks: str = "all",
+) -> ModelPatcher:
+    """A clone of ``model`` whose selected blocks run compiled; ``model`` itself stays as it is.
+
+    ``on_failure``: ``eager`` samples without what can't be compiled and says so, ``error`` ends the prompt. ``cache``:
+    ``auto`` keeps what is compiled for the next start of ComfyUI, ``off`` neither keeps nor looks for it.
+    ``cuda_graphs``: one of ``replay.CHOICES``. ``when``: ``wait`` begins to compile at once, and the first step waits
+    for it; ``background`` has prompts sample eager until another process has compiled; without either, the first step
+    compiles.
+
+    A later call on the result replaces the settings of an earlier one.
+
+    Raises:
+        ValueError: ``model`` is no MODEL or has no repeated blocks, a block is outside it, nothing is selected, or
+            nothing can be kept and ``when`` is ``background``.
+    """
+    require_model(model)
+    require_family(model, "compile")
+    selection = {"double_blocks": double_blocks, "single_blocks": single_blocks, "blocks": other_blocks}
+    selected = selected_blocks(model.get_model_object("diffusion_model"), selection)
+    if not any(selected.values()):
+        used = {kind.selected_by: repr(selection[kind.selected_by]) for kind in selected}
+        raise ValueError(
+            f"{', '.join(used)}: {' and '.join(used.values())} leave no block of this model to compile. Set one of "
+            "them to 'all' or a range, or bypass this node."
+        )
+    if when == "background":
+        require_kept(settings, model.load_device, cache)
+    compiled = model.clone()
+    compiled.remove_wrappers_with_key(WrappersMP.APPLY_MODEL, WRAPPER_KEY)
+    blocks = CompiledBlocks(settings, selected, on_failure, text, cache, cuda_graphs, when)
+    compiled.add_wrapper_with_key(WrappersMP.APPLY_MODEL, WRAPPER_KEY, blocks)
+    callbacks = {
+        CallbacksMP.ON_PRE_RUN: blocks.start,
+        CallbacksMP.ON_CLEANUP: blocks.replays.end,
+        CallbacksMP.ON_DETACH: blocks.replays.unload,
+    }
+    for event, callback in callbacks.items():
+        compiled.remove_callbacks_with_key(event, WRAPPER_KEY)
+        compiled.add_callback_with_key(event, WRAPPER_KEY, callback)
+    if when and cache == "auto" and not unsupported(settings, model.load_device):
+        blocks.when.begin(model, selected, blocks.plans.of, blocks.prepare)
+    return compiled
+
+
+def compiled_blocks(model: ModelPatcher) -> CompiledBlocks | None:
+    """What Compile Repeated Blocks put on ``model``; None without it."""
+    found = model.get_wrappers(WrappersMP.APPLY_MODEL, WRAPPER_KEY)
+    return found[0] if found else None
+
+
+class _Call:
+    """One call of the model: what became of its blocks, and the region that each kind of block had in it."""
+
+    def __init__(self, selected: Mapping[BlockKind, Collection[int]]) -> None:
+        self.account = CallAccount({kind.name: indices for kind, indices in selected.items()})
+        self.regions: dict[Hashable, Region] = {}
+        self.graphs = Replayed()
+
+
+class CompiledBlocks(Ledger):
+    """The wrapper around ``apply_model``: for the length of one call the selected blocks run as regions.
+
+    Blocks are those of the model that executes, which may not be the one the node saw (multi-GPU and non-dynamic
+    clones), so one object may serve several models, in several threads, and keeps none of them alive. ``selected`` are
+    indices of blocks by kind.
+    """
+
+    def __init__(
+        self,
+        settings: CompileSettings,
+        selected: Mapping[BlockKind, Collection[int]],
+        on_failure: str,
+        text: NodeText,
+        cache: str = "off",
+        cuda_graphs: str = "auto",
+        when: str = "",
+    ) -> None:
+        super().__init__(settings, text, Replays(settings, cuda_graphs))
+        self.selected = selected
+        self.on_failure = on_failure
+        self.cache = cache
+        self._failed: dict[Hashable, str] = {}
+        self.plans = Plans(fuses=settings.backend == "inductor")
+        self._blocks: weakref.WeakKeyDictionary[nn.Module, _Blocks] = weakref.WeakKeyDictionary()
+        self.when = When(when)
+        if earlier := LATEST.get(text.node_id):
+            earlier.when.cancel()
+        LATEST[text.node_id] = self
+
+    def start(self, patcher: ModelPatcher) -> None:
+        """A sampling run begins: what failed before is tried again, and blocks are those that are there now."""
+        self.start_run()
+        self._failed.clear()
+        self.replays.start(patcher)
+        self.when.begin_run()
+        diffusion_model: Any = patcher.model.diffusion_model
+        self._blocks[diffusion_model] = {
+            kind.name: [weakref.ref(block) for block in kind.blocks(diffusion_model)] for kind in self.selected
+        }
+
+    def __call__(
+        self,
+        executor: WrapperExecutor,
+        x: Tensor,
+        t: Tensor,
+        c_concat: Tensor | None = None,
+        c_crossattn: Tensor | None = None,
+        control: Any = None,
+        transformer_options: Mapping[str, Any] = MappingProxyType({}),
+        **kwargs: Any,
+    ) -> Any:
+        """A wrapper of the host's ``apply_model``; arguments are passed on as they are, conditioning on the device."""
+        call = _Call(self.selected)
+        self.replays.begin(call.graphs, x.device)
+        spent, kind = self.seconds, step_kind(executor.class_obj, x, c_crossattn)
+        c_concat, c_crossattn = (to_device(cond, x.device) for cond in (c_concat, c_crossattn))
+        kwargs = {name: to_device(cond, x.device) for name, cond in kwargs.items()}
+
+        def step() -> Any:
+            out = executor(x, t, c_concat, c_crossattn, control, transformer_options, **kwargs)
+            call.account.close(transformer_options)
+            return out
+
+        def counts() -> bool:
+            # What a step took that compiled something says nothing of the next.
+            return call.account.whole and self.seconds == spent
+
+        others = compiled_by_another(transformer_options)
+        with self.text.guarded():
+            if WHOLE_MODEL in others:
+                self.tell(_WHOLE, "the model")
+                call.account.all_eager(_WHOLE)
+                out = step()
+            else:
+                with self._swapped(executor.class_obj.diffusion_model, call, others):
+                    out = self.clock.time(x.device, step, (kind, call.account), counts)
+        LATER.begin()
+        self.close(call.account)
+        self.show(executor.class_obj, call.account, kind)
+        return out
+
+    @contextmanager
+    def _swapped(
+        self, diffusion_model: nn.Module, call: _Call | None = None, others: Collection[str] = ()
+    ) -> Iterator[None]:
+        """Route the selected blocks, but those that ``others`` names as compiled by another node, through regions."""
+        if call is None:
+            call = _Call(self.selected)
+            self.account = call.account
+        runs: dict[nn.Module, Callable[..., Any]] = {}
+        for kind, indices in self.selected.items():
+            blocks = self._blocks_of(kind, diffusion_model)
+            for index in indices:
+                block = blocks[index] if index < len(blocks) else None
+                if block is None:
+                    continue
+                path = f"diffusion_model.{kind.attribute}.{index}."
+                try:
+                    if is_compiled(block) or any(f"{other}.".startswith(path) for other in others):
+                        raise NotHoistable(_SINGLE)
+                    kind.refuse_foreign(block)
+                except NotHoistable as reason:
+                    self._note_eager(call, kind, index, str(reason), entered=False)
+                    continue
+                if not self.regions:
+                    self.plans.ahead(kind, block)
+                runs[block] = functools.partial(self._run_block, call, kind, index, block)
+        with routed(runs):
+            yield
+
+    def _blocks_of(self, kind: BlockKind, diffusion_model: nn.Module) -> list[nn.Module | None]:
+        """The blocks of ``kind``; those of the run's start where another node has put fewer in their place."""
+        blocks = kind.blocks(diffusion_model)
+        before = self._blocks.get(diffusion_model, {}).get(kind.name, [])
+        return [block() for block in before] if len(blocks) < len(before) else list(blocks)
+
+    def _run_block(self, call: _Call, kind: BlockKind, index: int, block: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        with untouched(block) as routed_here:
+            if torch.compiler.is_compiling():
+                return block.forward(*args, **kwargs)
+            comfy.model_management.throw_exception_if_processing_interrupted()
+            try:
+                return self._run_as_region(call, kind, index, block, not routed_here, args, kwargs)
+            except NotHoistable as reason:
+                self._note_eager(call, kind, index, str(reason))
+            except RegionFailed as failure:
+                # One that a patch raised, around whose attention the block runs, has nothing to do with this block.
+                if belongs_to_host(failure):
+                    raise
+                if self.on_failure == "error":
+                    if failure.may_be_blocks_own:
+                        # Then it is to be told in its own words.
+                        block.forward(*args, **kwargs)
+                    raise
+                self._note_eager(call, kind, index, str(failure))
+            return block.forward(*args, **kwargs)
+
+    def _run_as_region(
+        self, call: _Call, kind: BlockKind, index: int, block: nn.Module, streamed: bool, args: Any, kwargs: Any
+    ) -> Any:
+        """Run the block compiled.
+
+        What is raised before it runs comes from getting its code, whoever raises it, and what it raises itself when it
+        runs is left as it is.
+
+        Raises:
+            NotHoistable, RegionFailed: it can't run so. Its inputs are as they were.
+        """
+        with ExitStack() as scope:
+            with GettingCode(f"{kind.name} block"):
+                inputs = dict(zip(kind.parameters[: len(args)], args, strict=True))
+                inputs.update(kwargs)
+                activation = inputs[kind.activation]
+                if torch.is_grad_enabled():
+                    raise NotHoistable("gradients are being recorded, and weights enter a region without theirs")
+                attend = kind.interface.attention_for(inputs.get("transformer_options", {}), block)
+                plan, layers = self.plans.of(kind, block)
+            if plan.given:
+                vector = kind.interface.vector
+                inputs[vector] = {path: block.get_submodule(path)(inputs[vector]) for path in plan.given}
+            with GettingCode(f"{kind.name} block"):
+                taken = kind.interface.region_inputs(inputs, activation, self.settings.dynamic != "never")
+            if attend is None:
+                out = self.replays.again(call.graphs, kind.name, plan, layers, taken, activation.device)
+                if out is not None:
+                    call.account.ran_compiled(kind.name, index)
+                    return out
+            with GettingCode(f"{kind.name} block"):
+                scope.enter_context(in_place(layers, activation))
+                weights = block_weights(layers, activation)
+                bind = kind.interface.bind_for(attend, activation)
+                like = plan.key, bind, torch.is_inference_mode_enabled()
+                region = call.regions.get(like)
+                # For whatever else is in the key of a region its graphs have guards.
+                graph = None if region is None else region.proven_graph(weights, taken)
+                if graph is None:
+                    region, key, check = self._region(kind, plan, bind, weights, taken, attend)
+                    given = Arguments(kind, plan, attend, weights, taken)
+                    check = self.when.settle(region, given, functools.partial(self._announce, region), check)
+                    graph = region.proven_graph(weights, taken)
+                    dims = given.token_dims
+            assert region is not None
+            call.regions[like] = region
+            scope.enter_context(nullcontext() if attend is None else attention_scope(attend))
+            if graph is not None:
+                out = self.replays.run(call.graphs, kind.name, plan, layers, attend, streamed, graph, weights, taken)
+                self.regions.setdefault(region)
+            else:
+                with self._failing_once(key):
+                    out, cost = region.run(weights, taken, dims, check)
+                self.note_cost(region, cost)
+                if not region.ahead and self.replays.records_on(activation.device):
+                    call.graphs.note(kind.name, NOT_AHEAD)
+                if not (region.stats.graphs or region.stats.loaded):
+                    why = region.stats.breaks[-1] if region.stats.breaks else "no part of it can be traced"
+                    self._note_eager(call, kind, index, f"PyTorch compiled nothing of it: {why}")
+                    return out
+        call.account.ran_compiled(kind.name, index)
+        return out
+
+    def prepare(self, example: Example, weights: dict[str, Tensor], inputs: dict[str, Any]) -> None:
+        """Have compiled what a block like ``example`` will need, ahead of it."""
+        kind, plan, attend = example.kind, example.plan, example.attend
+        activation = inputs[kind.activation]
+        taken = kind.interface.region_inputs(inputs, activation, self.settings.dynamic != "never")
+        bind = kind.interface.bind_for(attend, activation)
+        region, _, _ = self._region(kind, plan, bind, weights, taken, attend)
+        check = functools.partial(check_machine, region, activation.device, {it.dtype for it in weights.values()})
+        self.when.get_ready(region, Arguments(kind, plan, attend, weights, taken), check)
+
+    def _region(
+        self,
+        kind: BlockKind,
+        plan: BlockPlan,
+        bind: Bind,
+        weights: dict[str, Tensor],
+        inputs: dict[str, Any],
+        attend: Attend | None,
+    ) -> tuple[Region, Hashable, Callable[[], None]]:
+        """The region that the block runs as, its key, and what to do before it is compiled.
+
+        Raises:
+            NotHoistable: there was none to be had before in this run.
+        """
+        name = f"{kind.name} block" if attend is None else f"patched {kind.name} block"
+        device = inputs[kind.activation].device
+        kinds = input_kinds(inputs, shapes=self.settings.dynamic == "never")
+        dtypes = tuple(weight.dtype for weight in weights.values())
+        # What is recorded needs guards that can be asked, as those of graphs compiled ahead of time can.
+        ahead = self.replays.records_on(device)
+        key = (plan.key, bind, self.settings, kinds, dtypes, torch.is_inference_mode_enabled(), self.cache, ahead)
+        if key in self._failed:
+            raise NotHoistable(self._failed[key])
+
+        def make() -> Region:
+            kept, why_not = None, ""
+            unkept = NotKept() if ahead and not unsupported(self.settings, device) else None
+            if self.cache == "auto":
+                try:
+                    kept = kept_region(name, plan.template, bind, self.settings, kinds, dtypes, device)
+                # It can be compiled all the same.
+                except Exception as reason:
+                    why_not = f": {reason_of(reason)}"
+            region = Region(name, plan.template, bind, self.settings, kind.streams, kept or unkept, LATER.add)
+            region.stats.cache += why_not
+            return region
+
+        with self._failing_once(key), GettingCode(f"{kind.name} block"):
+            region = REGIONS.get(key, make)
+
+        def check() -> None:
+            if not region.compiled:
+                check_machine(region, device, dtypes)
+            self._announce(region)
+
+        return region, key, check
+
+    @contextmanager
+    def _failing_once(self, key: Hashable) -> Iterator[None]:
+        """Trying again for each of the other blocks would fail as slowly each time."""
+        try:
+            yield
+        except RegionFailed as failure:
+            if not belongs_to_host(failure):
+                self._failed[key] = str(failure)
+            raise
+
+    def _announce(self, region: Region) -> None:
+        expected = self.plans.structures()
+        number = len(self.regions) + 1
+        done, place = f" ({number}/{max(number, expected)})", f" ({number} of {max(number, expected)})"
+        if region.compiled:
+            done = place = " again"
+        self.text.show(f"compiling {region.name} region{done} ...", "compiling", region=f"{region.name}{place}")
+
+    def _note_eager(self, call: _Call, kind: BlockKind, index: int, reason: str, entered: bool = True) -> None:
+        self.tell(reason, block_name(kind.name, index))
+        call.account.ran_eager(kind.name, index, reason, entered)

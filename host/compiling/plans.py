@@ -1,0 +1,44 @@
+"""The plans of a MODEL's blocks, made once for each block that stays as it is."""
+
+from __future__ import annotations
+
+import weakref
+from contextlib import suppress
+
+from torch import nn
+
+from ...hotpath.template import BlockPlan, NotHoistable, plan_block
+from ..families import as_twin
+from ..families.kinds import BlockKind
+from ..layers.bypass import bypass_addition
+from ..residency.weights import Layers, layer_states, plain_layers
+
+
+class Plans:
+    """Plans by block, which keep no block alive. ``fuses``: they are for a compiler that fuses operations."""
+
+    def __init__(self, fuses: bool) -> None:
+        self._fuses = fuses
+        self._plans: weakref.WeakKeyDictionary[nn.Module, BlockPlan] = weakref.WeakKeyDictionary()
+
+    def of(self, kind: BlockKind, block: nn.Module) -> tuple[BlockPlan, Layers]:
+        """The plan of ``block``, made anew where the block is not as it was, and its layers."""
+        plan = self._plans.get(block)
+        if plan is not None:
+            try:
+                return plan, plan.layers(block)
+            except NotHoistable:
+                del self._plans[block]
+        known = (layer_states, bypass_addition, kind.ignored, kind.owned)
+        plan = self._plans[block] = plan_block(block, plain_layers(block, self._fuses), *known)
+        as_twin(plan.template)
+        return plan, plan.layers(block)
+
+    def ahead(self, kind: BlockKind, block: nn.Module) -> None:
+        """Plan ahead, to know how many regions there will be; what can't be planned says why when it runs."""
+        with suppress(Exception):
+            self.of(kind, block)
+
+    def structures(self) -> int:
+        """How many structures the blocks have."""
+        return len({plan.key for plan in self._plans.values()})

@@ -1,0 +1,1 @@
+"""Flux transformers in the folders of diffusers, to and from a MODEL."""

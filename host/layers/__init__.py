@@ -1,0 +1,1 @@
+"""Layers of the host and of other packs, as what a template has in their place."""

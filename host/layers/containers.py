@@ -1,0 +1,111 @@
+"""Modules of the host that a template takes without knowing them, by what they are: no weights, plain state, and a
+forward that keeps nothing.
+
+ComfyUI's blocks gain such modules from one release to the next, and none of their names is in this pack.
+"""
+
+from __future__ import annotations
+
+import dis
+import functools
+from collections.abc import Callable, Hashable, Iterator, Mapping, MutableSequence, Set
+from types import CodeType, FunctionType
+from typing import Any
+
+import comfy.ldm.flux.layers
+import comfy.ldm.modules.attention
+from torch import nn
+
+from ...hotpath.template import NotHoistable, is_plain, own_state
+
+_HOST = "comfy"
+# Their state is set when they are made, and each call of each block would be asked for it.
+_SETTLED = (comfy.ldm.flux.layers.__name__, "torch.nn.modules")
+_KEEPERS = (Mapping, MutableSequence, Set)
+_PREFERENCE, _PREFERENCE_CLASS = "comfy_attention", "ComfyAttention"
+# Run by what loads and saves, never by a forward.
+_NO_PART_OF_FORWARD = ("_load_", "_save_", "_register_", "__init__", "__setstate__", "__getstate__", "__repr__")
+
+
+class HostsAttention(nn.Module):
+    """In a template, in place of the host's ``ComfyAttention``, by which a block prefers an attention function of its
+    own (a checkpoint or a LoRA brings it): in a region none is preferred. One that is runs outside of it; see
+    ``preferred_attention``."""
+
+    config = None
+    function = None
+
+
+def preferred_attention(block: nn.Module) -> Any:
+    """The ``ComfyAttention`` of ``block`` that holds a function for its attention to prefer; None where none does."""
+    module = block._modules.get(_PREFERENCE)
+    return None if module is None or getattr(module, "function", None) is None else module
+
+
+def is_preference(module: nn.Module) -> bool:
+    """Whether ``module`` is what the host's blocks say by which attention they prefer."""
+    return type(module) is getattr(comfy.ldm.modules.attention, _PREFERENCE_CLASS, None)
+
+
+def is_container(kind: type) -> bool:
+    """Whether a template may copy a module of this class as it is, as long as it holds no weights and plain state.
+
+    Raises:
+        NotHoistable: it is the host's, and a copy would not do: it keeps something, or looks itself up.
+    """
+    if kind.__module__.startswith(_SETTLED):
+        return True
+    if kind.__module__.partition(".")[0] != _HOST:
+        return False
+    more = _keeps(kind, tuple(_methods(kind)))
+    if more:
+        raise NotHoistable(f"{kind.__module__}.{kind.__qualname__} {more}, which a template can't copy")
+    return True
+
+
+def container_state(kind: type) -> Callable[[Any], Hashable] | None:
+    """What tells whether a module of this class that was copied is as it was; None where that can't change."""
+    if kind.__module__.startswith(_SETTLED) or kind.__module__.partition(".")[0] != _HOST:
+        return None
+    return _state
+
+
+def _state(module: nn.Module) -> Hashable:
+    return tuple((name, value if is_plain(value) else id(value)) for name, value in own_state(module).items())
+
+
+def _methods(kind: type) -> Iterator[FunctionType]:
+    """All functions of the class that may run within its forward."""
+    for base in kind.__mro__[: kind.__mro__.index(nn.Module)]:
+        for name, member in vars(base).items():
+            function = getattr(member, "fget", getattr(member, "__func__", member))
+            if isinstance(function, FunctionType) and not name.startswith(_NO_PART_OF_FORWARD):
+                yield function
+
+
+@functools.lru_cache(maxsize=256)
+def _keeps(kind: type, methods: tuple[FunctionType, ...]) -> str:
+    """What a forward of the class does beyond its arguments and its own plain state, in words; empty for nothing.
+
+    A template stands for all blocks of its structure. What one call leaves on it the next block would find, and what
+    is kept by module would be looked up by another. All else that a forward reads Dynamo guards.
+    """
+    for function in methods:
+        for code in _codes(function.__code__):
+            for step in dis.get_instructions(code):
+                if step.opname in ("STORE_ATTR", "DELETE_ATTR", "STORE_GLOBAL", "DELETE_GLOBAL"):
+                    return f"changes {step.argval} in its {function.__name__}"
+                if step.opname == "LOAD_GLOBAL" and isinstance(function.__globals__.get(step.argval), _KEEPERS):
+                    return f"reads {step.argval} of its file in its {function.__name__}"
+                if step.opname in ("LOAD_ATTR", "LOAD_METHOD") and isinstance(
+                    getattr(kind, step.argval, None), _KEEPERS
+                ):
+                    return f"reads {step.argval} of its class in its {function.__name__}"
+    return ""
+
+
+def _codes(code: CodeType) -> Iterator[CodeType]:
+    yield code
+    for value in code.co_consts:
+        if isinstance(value, CodeType):
+            yield from _codes(value)

@@ -1,0 +1,1 @@
+"""Benchmark Model: made-up inputs, sides in turns, and what a step takes without compiled blocks."""

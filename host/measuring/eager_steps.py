@@ -1,0 +1,82 @@
+"""What a step takes without compiled blocks, where it was measured in this process."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Hashable
+from contextlib import AbstractContextManager
+from functools import partial
+from typing import Any
+
+from comfy.model_base import BaseModel
+from comfy.patcher_extension import WrapperExecutor
+from torch import Tensor, nn
+
+from ..families import named_blocks
+from ..telling.accounting import has_own_forward, routed, untouched
+from ..telling.progress import StepClock
+
+# By model, which is the same for clones with other patches.
+_SECONDS: weakref.WeakKeyDictionary[BaseModel, dict[Hashable, float]] = weakref.WeakKeyDictionary()
+
+
+class EagerSteps:
+    """A wrapper around ``apply_model`` of a MODEL that nothing compiles: its steps are timed and kept."""
+
+    def __init__(self) -> None:
+        self._clock = StepClock()
+
+    def __call__(
+        self,
+        executor: WrapperExecutor,
+        x: Tensor,
+        t: Tensor,
+        c_concat: Tensor | None = None,
+        c_crossattn: Tensor | None = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        """A wrapper of the host's ``apply_model``; arguments are passed on untouched."""
+        model = executor.class_obj
+        kind = step_kind(model, x, c_crossattn)
+        missing: set[nn.Module] = set()
+
+        def whole() -> bool:
+            return not missing
+
+        with _noting(model.diffusion_model, missing):
+            step = partial(executor, x, t, c_concat, c_crossattn, *args, **kwargs)
+            out = self._clock.time(x.device, step, kind, whole)
+        if (last := self._clock.last()) is not None:
+            note_quickest(_SECONDS.setdefault(model, {}), *last)
+        return out
+
+
+def _noting(diffusion_model: nn.Module, missing: set[nn.Module]) -> AbstractContextManager[None]:
+    """A scope at whose end ``missing`` are the repeated blocks that did not run: a step cache left them out."""
+
+    def run(block: Any, *args: Any, **kwargs: Any) -> Any:
+        missing.discard(block)
+        with untouched(block):
+            return block.forward(*args, **kwargs)
+
+    blocks = [block for _, block in named_blocks(diffusion_model) if not has_own_forward(block)]
+    missing.update(blocks)
+    return routed({block: partial(run, block) for block in blocks})
+
+
+def step_kind(model: BaseModel, x: Tensor, c_crossattn: Tensor | None) -> Hashable:
+    """What two steps of ``model`` must have in common to be compared: the patches that it has now, and sizes."""
+    patches = getattr(model.current_patcher, "patches_uuid", None)
+    return patches, x.shape, x.dtype, x.device, None if c_crossattn is None else c_crossattn.shape
+
+
+def note_quickest(known: dict[Hashable, float], seconds: float, kind: Hashable) -> float:
+    """Keep the least seconds of each kind, which a step takes when nothing is in its way; those of ``kind``."""
+    known[kind] = min(known.get(kind, seconds), seconds)
+    return known[kind]
+
+
+def eager_seconds(model: BaseModel, kind: Hashable) -> float | None:
+    """The least that an eager step of ``model`` of this kind took; None if none was measured."""
+    return _SECONDS.get(model, {}).get(kind)

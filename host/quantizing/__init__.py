@@ -1,0 +1,1 @@
+"""Quantize Repeated Blocks and its formats."""

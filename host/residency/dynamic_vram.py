@@ -1,0 +1,90 @@
+"""Where the weights of a MODEL with dynamic VRAM lie in the range of addresses that the host gives them.
+
+The host keeps what lies low in that range, up to a watermark that sinks as memory is wanted elsewhere, and brings the
+rest at each step. By itself it has the largest layers lowest, and so what it brings in a row of like blocks, each with
+one other to arrive under.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Hashable
+from typing import Any
+
+import comfy.model_management
+from comfy.model_base import BaseModel
+from comfy.model_patcher import ModelPatcher, ModelPatcherDynamic
+
+from ...hotpath.stream import leaving_order
+from .budget import Budget
+from .streaming import streamable_layers
+
+KEY = "hotpath_layout"
+# What the host keeps on a module of where its weights are.
+_PLACE = ("_v", "_v_signature", "_v_weight", "_v_bias")
+# By model and device, since clones share where its weights are.
+_LAYOUTS: weakref.WeakKeyDictionary[BaseModel, Hashable] = weakref.WeakKeyDictionary()
+
+
+class LaidOut(ModelPatcherDynamic):
+    """A MODEL whose weights lie in the order in which they are to stay: what is no block's, then the blocks' layers
+    by ``leaving_order``, then modulation that is made ahead. Its attachment is (which stay, made ahead or not)."""
+
+    def load(self, device_to: Any = None, *args: Any, **kwargs: Any) -> None:
+        """The host's load, after which weights lie in that order, also those that were loaded in another."""
+        wanted = self.get_attachment(KEY), device_to
+        if _LAYOUTS.get(self.model) != wanted:
+            self._forget_places()
+            _LAYOUTS[self.model] = wanted
+        super().load(device_to, *args, **kwargs)
+
+    def _forget_places(self) -> None:
+        self.model.dynamic_vbars.pop(self.load_device, None)
+        for module in self.model.modules():
+            for name in _PLACE:
+                module.__dict__.pop(name, None)
+
+    def _load_list(self, *args: Any, **kwargs: Any) -> list[Any]:
+        turns = self._turns()
+        # The host sorts it, and reads entries from their end.
+        return [(*turns.get(name_of(entry), (0, 0)), *entry) for entry in super()._load_list(*args, **kwargs)]
+
+    def _turns(self) -> dict[str, tuple[int, int]]:
+        """By path of a layer: 1 and its turn among the blocks' layers, or 2 for modulation made ahead."""
+        order, ahead = self.get_attachment(KEY)
+        diffusion_model = self.model.diffusion_model
+        blocks = [list(layers.items()) for layers in streamable_layers(diffusion_model, ahead).values()]
+        size = comfy.model_management.module_size
+        leaving = leaving_order([[size(layer) for _, layer in block] for block in blocks], order)
+        turns = {blocks[block][layer][0]: (1, -turn) for turn, (block, layer) in enumerate(leaving)}
+        for layers in streamable_layers(diffusion_model, False).values():
+            turns.update({path: (2, 0) for path in layers if path not in turns})
+        return {f"diffusion_model.{path}": turn for path, turn in turns.items()}
+
+
+def name_of(entry: tuple[Any, ...]) -> str:
+    """The path of the module of an entry of the host's load list, the only text in it."""
+    return next(item for item in entry if isinstance(item, str))
+
+
+def lay_out(model: ModelPatcher, resident: str, ahead: bool) -> None:
+    """Have the weights of ``model``, a clone with dynamic VRAM, lie in the order of ``LaidOut``.
+
+    A MODEL of another pack's class manages its memory as it likes, and stays as it is.
+    """
+    if type(model) is ModelPatcherDynamic:
+        model.__class__ = LaidOut
+    if type(model) is LaidOut:
+        model.set_attachments(KEY, (resident, ahead))
+
+
+def limit(budget: Budget, patcher: ModelPatcher) -> None:
+    """Let the host keep no more than ``budget`` of a loaded MODEL with dynamic VRAM, until it loads it again.
+
+    The host's own bound for it, ``set_watermark_limit``, is the other way round: below it nothing is ever given up,
+    also when memory has run out.
+    """
+    vbar = patcher._vbar_get()
+    wanted = budget.bytes(patcher.model_size())
+    if vbar is not None and wanted < vbar.max_size:
+        vbar.set_watermark(int(wanted))
