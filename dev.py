@@ -35,8 +35,8 @@ TEST_MODULES = ("diffusers", "hypothesis", "playwright", "pytest", "pytest_timeo
 FORMAT = 1
 COMMANDS = {
     "demo": "compare a Flux eager and compiled; options --model FILE, --steps N, --size WxH, --out DIR, --json FILE",
-    "test": "run the tests; options are pytest's; --matrix: with every ComfyUI and PyTorch supported, in turn; "
-    "--host FOLDER: with any ComfyUI, of which a table first tells what would run eager, and why",
+    "test": "run the tests; options are pytest's; --all: the sweeps too; --matrix: with every ComfyUI and PyTorch "
+    "supported, in turn; --host FOLDER: with any ComfyUI, of which a table first tells what would run eager, and why",
     "bench": "compare with other ways to compile; options --blocks D+S, --quick, --rounds N, --json FILE, --plot FILE; "
     "or --model FILE, --soak N, --fuzz SECONDS, --quantize, --memory, --offload, --start",
     "pictures": "remake the README's pictures of the canvas; needs a Chromium",

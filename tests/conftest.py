@@ -22,6 +22,7 @@ pack = types.ModuleType("hotpath_pack")
 pack.__path__ = [str(ROOT)]
 sys.modules["hotpath_pack"] = pack
 
+import sweeps  # noqa: E402
 from hotpath_pack import dev  # noqa: E402
 
 # A shared machine can take any time for an example.
@@ -34,7 +35,20 @@ def pytest_xdist_auto_num_workers(config):
     return 1 if torch.cuda.is_available() else min(os.cpu_count() or 1, 4)
 
 
-def pytest_collection_modifyitems(items):
+def pytest_addoption(parser):
+    sweeps.add_options(parser)
+
+
+def pytest_report_header(config):
+    return sweeps.header(config)
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    sweeps.summarize(terminalreporter, config)
+
+
+def pytest_collection_modifyitems(config, items):
+    sweeps.choose(config, items)
     for item in items:
         if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="no CUDA device on this machine"))

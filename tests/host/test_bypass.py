@@ -36,6 +36,7 @@ ALL = {"double": 1, "single": 2}
 
 
 @pytest.mark.parametrize("kind", ["lora", "loha", "lokr", "lokr_full"])
+@pytest.mark.sweep(keep=["lora", "lokr_full"])
 def test_two_graphs_whatever_the_strength_alpha_and_rank(flux, flux_weights, kind):
     plain, changed = sample(flux, steps=1), []
     with Counting() as counting, torch._dynamo.config.patch(error_on_recompile=True):
@@ -138,6 +139,7 @@ def test_an_adapter_that_is_not_known_runs_eager_and_the_words_help(flux, flux_w
 
 
 @pytest.mark.parametrize("what", ["adapter", "class", "hook"])
+@pytest.mark.sweep(keep=["hook"])
 def test_an_adapter_or_hook_altered_by_another_pack_runs_eager(flux, flux_weights, monkeypatch, what):
     model = bypass(flux, flux_weights)
     assert_parity(model, compiled(model))

@@ -141,6 +141,7 @@ def assert_like_diffusers(model, transformer, **run):
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.sweep(keep=["dev", "flux2-reference"])
 def test_gives_what_diffusers_gives_eager_and_compiled(models, variant):
     kind, config, run = VARIANTS[variant]
     transformer = lively(kind, **config)
@@ -156,6 +157,7 @@ def test_gives_what_diffusers_gives_eager_and_compiled(models, variant):
 
 
 @pytest.mark.parametrize("variant", ["dev", "schnell", "fill", "flux2", "flux2-klein"])
+@pytest.mark.sweep(keep=["dev", "flux2-klein"])
 def test_saved_it_loads_in_diffusers_with_equal_outputs(models, variant):
     kind, config, run = VARIANTS[variant]
     lively(kind, **config).save_pretrained(models / "diffusers" / variant)

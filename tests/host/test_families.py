@@ -65,6 +65,7 @@ KINDS_OF_INPUT = {
 
 
 @pytest.mark.parametrize("name", GRAPHS)
+@pytest.mark.sweep(keep=["hunyuan_video", "chroma_radiance", "qwen_image", "z_image", "wan_t2v", "krea2"])
 def test_each_model_is_as_many_graphs_as_it_has_structures_of_blocks(name):
     model = tiny(name)
     fast = compiled(model, backend="eager")
@@ -84,6 +85,7 @@ def test_each_model_is_as_many_graphs_as_it_has_structures_of_blocks(name):
 
 
 @pytest.mark.parametrize("name", KINDS_OF_INPUT)
+@pytest.mark.sweep(keep=["qwen_image"])
 def test_other_kinds_of_input_are_one_graph_more_and_their_sizes_none(name):
     model = tiny(name)
     for runs in KINDS_OF_INPUT[name]:
@@ -96,6 +98,7 @@ def test_other_kinds_of_input_are_one_graph_more_and_their_sizes_none(name):
 
 
 @pytest.mark.parametrize("name", ["qwen_image", "z_image", "wan_t2v", "krea2"])
+@pytest.mark.sweep(keep=["z_image"])
 def test_batches_and_guidance(name):
     model = tiny(name)
     fast = compiled(model, backend="eager")
@@ -106,6 +109,7 @@ def test_batches_and_guidance(name):
 
 
 @pytest.mark.parametrize("name", ["qwen_image", "z_image", "wan_t2v", "krea2"])
+@pytest.mark.sweep(keep=["qwen_image"])
 def test_generated_code_gives_what_eager_gives(name):
     model = tiny(name, blocks=1)
     fast = compiled(model, backend="inductor")
@@ -129,6 +133,7 @@ def lora(model, rank=4):
 
 
 @pytest.mark.parametrize("name", [*OTHERS[:3], "hunyuan_video"])
+@pytest.mark.sweep(keep=["wan_t2v", "hunyuan_video"])
 def test_loras_and_low_vram_take_the_same_graphs(name):
     model = tiny(name)
     fast = compiled(model, backend="eager")
@@ -149,6 +154,7 @@ QUANTIZED = {
 
 
 @pytest.mark.parametrize("name", QUANTIZED)
+@pytest.mark.sweep(keep=["hunyuan_image_21", "z_image"])
 def test_quantized_it_is_near_full_precision_and_compiled_what_it_is_eager(name):
     format, least = QUANTIZED[name]
     model = wide(name)
@@ -200,6 +206,7 @@ def with_patch(model, name):
 
 
 @pytest.mark.parametrize("name", ["qwen_image", "z_image", "wan_t2v", "krea2"])
+@pytest.mark.sweep(keep=["qwen_image", "krea2"])
 def test_what_others_put_around_attention_runs_as_it_is(name):
     model = tiny(name)
     # A patch that runs within the same call as an override needs no graph of its own.
@@ -215,6 +222,7 @@ def test_what_others_put_around_attention_runs_as_it_is(name):
 
 
 @pytest.mark.parametrize("name", [*FLUX_LIKE, *OTHERS[:3]])
+@pytest.mark.sweep(keep=["longcat", "wan_t2v"])
 def test_offloaded_it_gives_the_same_bits(name):
     model = tiny(name)
     want = sample(model)
@@ -227,6 +235,7 @@ def test_offloaded_it_gives_the_same_bits(name):
 
 
 @pytest.mark.parametrize("name", GRAPHS)
+@pytest.mark.sweep(keep=["hunyuan_3d", "lumina2"])
 def test_a_model_without_prompts_is_warmed_up(name):
     assert len(sample_synthetic(tiny(name, blocks=1), Inputs(64, 64, 1, 8), 1)) == 1
 

@@ -71,6 +71,7 @@ def test_a_schedule_is_made_on_its_first_step_and_serves_the_next_prompt(flux, m
 
 
 @pytest.mark.parametrize("sampler", comfy.samplers.KSampler.SAMPLERS)
+@pytest.mark.sweep(keep=["euler", "heun", "dpmpp_2m_sde", "uni_pc", "dpm_adaptive"])
 def test_every_sampler(flux, sampler):
     run = dict(SMALL, steps=4, sampler=sampler, cfg=2.0 if "cfg_pp" in sampler else 1.0)
     assert_same_bits(flux, **run)
@@ -83,6 +84,7 @@ def test_every_scheduler_is_foreseen(flux, scheduler, made):
 
 
 @pytest.mark.parametrize("batch", [1, 2, 3, 4])
+@pytest.mark.sweep(keep=["1", "3"])
 def test_guidance_and_batches(flux, batch, made):
     ahead = assert_same_bits(flux, **SMALL, batch=batch, cfg=2.0)
     assert len(made) == 1, "both sides of the guidance in one call"

@@ -105,6 +105,7 @@ def patched(model, patch, strength):
 
 
 @pytest.mark.parametrize("patch", PATCHES)
+@pytest.mark.sweep(keep=["attn1_patch_that_adds_tokens", "attention_override", "patches_replace"])
 def test_added_after_the_first_run_changed_and_removed(flux, patch):
     plain = sample(flux)
     assert_parity(flux, compiled(flux))
@@ -119,6 +120,7 @@ def test_added_after_the_first_run_changed_and_removed(flux, patch):
 
 
 @pytest.mark.parametrize("patch", [attn1_patch, attn1_output_patch, attention_override])
+@pytest.mark.sweep(keep=["attn1_output_patch"])
 def test_patches_around_attention_cost_two_graphs_whatever_they_do(flux, patch):
     sample(compiled(flux))
     with Counting() as counting, torch._dynamo.config.patch(error_on_recompile=True):

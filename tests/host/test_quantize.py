@@ -44,6 +44,7 @@ def test_two_graphs_and_what_eager_quantized_gives(flux, format):
 
 
 @pytest.mark.parametrize("format", RUNNABLE)
+@pytest.mark.sweep(keep=["int8_dynamic"])
 def test_generated_code_is_nearer_to_eager_than_quantization_is_to_full_precision(flux, format):
     model = quantized(flux, format)
     full, eager = sample(flux, **SMALL), sample(model, **SMALL)
@@ -54,6 +55,7 @@ def test_generated_code_is_nearer_to_eager_than_quantization_is_to_full_precisio
 
 
 @pytest.mark.parametrize("format", RUNNABLE)
+@pytest.mark.sweep(keep=["fp8_e4m3_rowwise"])
 def test_a_step_of_a_whole_flux_is_near_full_precision(format):
     flux = load(checkpoints.normal(checkpoints.flux1()))
     run = dict(width=128, height=128, steps=1)
@@ -104,6 +106,7 @@ def test_modulation_is_weight_only_and_embedders_and_norms_stay(flux):
 
 
 @pytest.mark.parametrize("format", RUNNABLE)
+@pytest.mark.sweep(keep=["int8_dynamic", "int4_weight_only"])
 def test_a_lora_before_or_after_gives_the_same(flux, flux_weights, format):
     lora = checkpoints.lora(flux_weights)
     before = quantized(load_lora_for_models(flux, None, lora, 1.0, 0)[0], format)
@@ -231,6 +234,7 @@ def test_interrupted_and_tried_again(flux, monkeypatch):
 
 
 @pytest.mark.parametrize("format", RUNNABLE)
+@pytest.mark.sweep(keep=["int8_dynamic", "fp8_e4m3"])
 def test_a_saved_checkpoint_loads_in_a_plain_host(flux, format):
     model = quantized(flux, format)
     saved = model.model.diffusion_model.state_dict()
@@ -261,6 +265,7 @@ def test_four_bits_take_a_quarter_and_their_scales():
 
 # Four bits of a whole block take minutes on a CPU.
 @pytest.mark.parametrize("format", [name for name in FORMATS if name != "int4_weight_only"])
+@pytest.mark.sweep(keep=["int8_dynamic"])
 def test_memory_of_blocks_of_full_width(full_width, format):
     if "ComfyUI" in (FORMATS[format].missing(torch.device("cpu")) or ""):
         pytest.skip("this ComfyUI has no such layers")
@@ -291,6 +296,7 @@ def test_the_node_offers_what_runs_here_and_validates_the_rest():
 
 
 @pytest.mark.parametrize("make", ["flux2", "chroma"])
+@pytest.mark.sweep(keep=["chroma"])
 def test_other_models(make):
     model = load(getattr(checkpoints, make)())
     small = quantized(model, next(format for format in reversed(RUNNABLE) if "int4" not in format))

@@ -76,6 +76,7 @@ def test_every_budget_from_nothing_to_all(flux, modulation):
 @pytest.mark.parametrize("resident", ["spread", "first", "last"])
 @pytest.mark.parametrize("prefetch_blocks", [0, 1, 3])
 @pytest.mark.parametrize("pin_memory", [True, False])
+@pytest.mark.sweep(keep=["True-1-spread", "True-3-first", "False-0-last"])
 def test_settings(flux, resident, prefetch_blocks, pin_memory):
     settings = dict(resident=resident, prefetch_blocks=prefetch_blocks, pin_memory=pin_memory)
     assert_streams(flux, offloaded(flux, budget="40 %", **settings), **SMALL)

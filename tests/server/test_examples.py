@@ -57,6 +57,7 @@ def without(workflow, name):
 
 
 @pytest.mark.parametrize("name", SAMPLED)
+@pytest.mark.sweep(keep=["Flux on 12 GB", "Flux with LoRA"])
 def test_a_twin_samples_compiled_what_it_does_eager(server, name):
     workflow = small(twins()[name])
     formats = server.get("/object_info/HotPathQuantizeRepeatedBlocks")["HotPathQuantizeRepeatedBlocks"]
