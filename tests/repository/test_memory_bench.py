@@ -16,6 +16,9 @@ def test_what_flux_dev_takes(tmp_path):
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
+    kept = ROOT / "benchmarks" / "results" / "memory.json"
+    assert json.loads(numbers.read_text(encoding="utf-8")) == json.loads(kept.read_text(encoding="utf-8"))
+    assert plot.read_text(encoding="utf-8") == (ROOT / "docs" / "memory.svg").read_text(encoding="utf-8")
     needs = {need["format"]: need for need in json.loads(numbers.read_text(encoding="utf-8"))}
     outputs = (19 * 2 * 6 + 38 * 3) * HIDDEN
     assert needs["bf16"]["modulation"] == outputs * (HIDDEN + 1) * 2

@@ -1,0 +1,278 @@
+"""The tables of README and docs/, made of benchmarks/results.
+
+    python -m benchmarks.tables
+
+Each page holds a table between two comments that name it; a test fails where one is not what its results give.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from benchmarks.compare import Comparison, Event, Side, table
+from benchmarks.memory import CARDS, GB, Need
+from devtools.cli import run_tool
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+PLACE = re.compile(r"(<!-- table ([\w-]+), made by python -m benchmarks\.tables -->\n).*?(<!-- end -->)", re.DOTALL)
+SIDES = {
+    "eager": "without HotPath",
+    "per block": "each block compiled by ComfyUI's wrapper",
+    "whole model": "ComfyUI's TorchCompileModel",
+    "ours": "**Compile Repeated Blocks**",
+    "ours max-autotune": "... with `mode` at `max-autotune-no-cudagraphs`",
+    "ours, offload": "**Offload Repeated Blocks, Compile Repeated Blocks**",
+}
+FORMATS = {"fp8": "fp8_e4m3_rowwise", "int8": "int8_dynamic"}
+
+
+def pages() -> list[Path]:
+    return [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def filled(text: str) -> str:
+    """``text`` of a page with its tables as the results give them.
+
+    Raises:
+        KeyError: it has a place for a table that there is none of.
+    """
+    return PLACE.sub(lambda place: f"{place[1]}{TABLES[place[2]]()}\n{place[3]}", text)
+
+
+def gain() -> str:
+    """Seconds of sampling an image."""
+    resident, cards = read("gpu_h200"), read("cards_h100")["rows"]
+    large = {side["name"]: side["image_seconds"] for side in resident["dynamic VRAM"]["sides"]}
+    quantized = {side["name"]: side["image_seconds"] for side in resident["dynamic VRAM, fp8_e4m3_rowwise"]["sides"]}
+    small = {(row["card"], row["side"]): row["image"] for row in cards}
+    rows = [
+        ("H200", "Compile", large["eager"], large["ours"]),
+        ("H200", "Quantize (`fp8_e4m3_rowwise`), Compile", quantized["eager"], quantized["fp8_e4m3_rowwise ours"]),
+        *(
+            (f"H100, {card} GiB of it free", "Offload, Compile", small[card, "eager"], small[card, "ours, offload"])
+            for card in (24, 12)
+        ),
+    ]
+    return markdown(
+        ["Flux.1-dev, 1024x1024, 28 steps", "Nodes", "Without HotPath", "With it", "Times as fast"],
+        (
+            (card, nodes, f"{before:.1f} s", f"{after:.1f} s", f"**{before / after:.2f}**")
+            for card, nodes, before, after in rows
+        ),
+    )
+
+
+def sides() -> str:
+    """Ways to compile a tiny Flux.1 on a CPU."""
+    return table(comparison())
+
+
+def comparison() -> Comparison:
+    numbers = read("sides_19_38")
+    measured = {}
+    for name, side in numbers["sides"].items():
+        events = {event: Event(**seen) for event, seen in side["events"].items()}
+        measured[name] = Side(**{**side, "events": events})
+    return Comparison(**{**numbers, "sides": measured})
+
+
+def resident() -> str:
+    """The H200 with all of the model on it."""
+    rows = []
+    for group in ("resident", "resident, 8 bits"):
+        seen = read("gpu_h200")[group]["sides"]
+        eager = median(seen[0]["steps"])
+        for side in seen if group == "resident" else seen[1:]:
+            graphs = f"{side['graphs']}, {side['graphs_after_sizes']}" if side["graphs"] else ""
+            # Beside the others' weights in 8 bits, the peak is not one side's.
+            cold = [f"{side['cold_seconds']:.1f} s", graphs, f"{side['peak_while_compiling']:.1f} GiB"]
+            rows.append([*_step(side, eager), *(cold if group == "resident" else ["", graphs, ""])])
+    return markdown([*STEP, "First step", "Graphs; after two more sizes", "Peak memory, first step"], rows)
+
+
+def dynamic() -> str:
+    """The H200 with ComfyUI's dynamic VRAM."""
+    rows = []
+    for format in ("", ", fp8_e4m3_rowwise", ", int8_dynamic"):
+        seen = read("gpu_h200")[f"dynamic VRAM{format}"]["sides"]
+        rows += [_step(side, median(seen[0]["steps"])) for side in seen[bool(format) :]]
+    return markdown(STEP, rows)
+
+
+STEP = ["", "Step", "Least to most", "Times as fast", "28 steps"]
+
+
+def _step(side: dict[str, Any], eager: float) -> list[str]:
+    steps = side["steps"]
+    spread = f"{min(steps):.0f} to {max(steps):.0f} ms"
+    return [
+        _side(side["name"]),
+        f"{median(steps):.1f} ms",
+        spread,
+        f"{eager / median(steps):.2f}",
+        f"{side['image_seconds']:.1f} s",
+    ]
+
+
+def _side(name: str) -> str:
+    if name in SIDES:
+        return SIDES[name]
+    format, compiled = name.removesuffix(" ours"), name.endswith(" ours")
+    quantized = f"Quantize Repeated Blocks (`{format}`)"
+    return f"**{quantized}, Compile Repeated Blocks**" if compiled else f"{quantized} alone"
+
+
+def first_steps() -> str:
+    """The first step in a new process, compiled and loaded."""
+    seen = read("gpu_h200")["first steps"]
+    return markdown(
+        ["H200, first step after a start", "Takes", "Of it loading", "Graphs compiled", "Kinds of processes started"],
+        (
+            (
+                name,
+                f"{run['first step']:.1f} s",
+                f"{run['loading']:.1f} s",
+                str(run["graphs"]),
+                str(len(set(run["processes"]))),
+            )
+            for name, run in seen.items()
+        ),
+    )
+
+
+def cards() -> str:
+    """The H100 with less memory free."""
+    seen = read("cards_h100")
+    rows: dict[str, dict[float, dict[str, Any]]] = {}
+    for row in seen["rows"]:
+        rows.setdefault(row["side"], {})[row["card"]] = row
+    sizes = sorted({row["card"] for row in seen["rows"]}, reverse=True)
+    return markdown(
+        [f"`{seen['command']}`", *(f"{size:.0f} GiB free, a step" for size in sizes)],
+        (
+            (_card_side(side), *(f"{at[size]['step']:.1f} ms" if size in at else "" for size in sizes))
+            for side, at in rows.items()
+        ),
+    )
+
+
+def _card_side(name: str) -> str:
+    for short, format in FORMATS.items():
+        if f", {short}" in name:
+            offload = "Offload Repeated Blocks, " if "offload" in name else ""
+            return f"Quantize Repeated Blocks (`{format}`), {offload}Compile Repeated Blocks"
+    return SIDES[name]
+
+
+def streamed() -> str:
+    """What streaming cost on the H200, beside what the model of the bus said."""
+    rows = []
+    for side in read("offload_h200")["sides"][1:]:
+        share, _, way = side["name"].partition(" % ")
+        budget = "all stays" if side["name"] == "ahead ours" else f"{share} %"
+        prefetch = "" if side["name"] == "ahead ours" else "0" if way.startswith("no") else "1"
+        predicted = f"{side['predicted_ms']:.1f} ms" if side["streamed_gib"] else ""
+        rows.append((budget, prefetch, f"{side['streamed_gib']:.1f} GiB", predicted, f"{median(side['steps']):.1f} ms"))
+    return markdown(["`budget`", "`prefetch_blocks`", "Streamed a step", "Predicted", "Measured"], rows)
+
+
+def graphs() -> str:
+    """CUDA graphs at a small size."""
+    names = {
+        "eager": "without HotPath",
+        "without": "Compile Repeated Blocks, `cuda_graphs` `off`",
+        "auto": "**Compile Repeated Blocks, `cuda_graphs` `auto`**",
+        "fp8 without": "Quantize (`fp8_e4m3_rowwise`), Compile, `off`",
+        "fp8 auto": "Quantize (`fp8_e4m3_rowwise`), Compile, `auto`",
+    }
+    ways = {way["name"]: way for way in read("graphs_h100")["ways"]}
+    eager = ways["eager"]["step"]
+    return markdown(
+        ["Flux.2 Klein's shape, 512x512", "Step", "Of it kernels", "Times as fast", "Memory for graphs"],
+        (
+            (
+                shown,
+                f"{ways[name]['step']:.1f} ms",
+                f"{ways[name]['kernels']:.1f} ms",
+                f"{eager / ways[name]['step']:.2f}",
+                f"{1024 * ways[name]['kept']:.0f} MiB" if ways[name]["kept"] else "",
+            )
+            for name, shown in names.items()
+        ),
+    )
+
+
+def memory() -> str:
+    """What Flux.1-dev takes on a card, and what crosses the bus where it does not fit."""
+    needs = [Need(**need) for need in read("memory")]
+    return markdown(
+        ["Weights", "`modulation`", "On the card", *(f"{card} GB card" for card in CARDS)],
+        (
+            (
+                f"`{need.format}`" if "_" in need.format else need.format,
+                f"`{'ahead' if ahead else 'in place'}`",
+                f"{need.resident(ahead) / GB:.1f} GB",
+                *(f"{need.bus(ahead, card) / GB:.0f} GB" for card in CARDS),
+            )
+            for need in needs
+            for ahead in (False, True)
+        ),
+    )
+
+
+def budgets() -> str:
+    """A step with Offload at ``auto``, as a model of the bus predicts it."""
+    rows = read("offload_predicted")
+    return markdown(
+        ["Model and card", "Blocks that stay", *(f"PCIe {generation}" for generation in rows[0]["enough_gib"])],
+        (
+            (
+                f"{row['model']}, {row['gib']} GB {row['card']}",
+                f"{row['resident']} of {row['blocks']}" if row["step_ms"] else "no room",
+                *(f"x{step / row['compute_ms']:.2f}" for step in row["step_ms"].values()),
+                *("" for _ in range(len(row["enough_gib"]) - len(row["step_ms"]))),
+            )
+            for row in rows
+        ),
+    )
+
+
+def read(name: str) -> Any:
+    return json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join(
+        re.sub(" +", " ", f"| {' | '.join(line)} |").replace("| ---", "|---").replace("--- |", "---|") for line in lines
+    )
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "gain": gain,
+    "sides": sides,
+    "resident": resident,
+    "dynamic": dynamic,
+    "first-steps": first_steps,
+    "cards": cards,
+    "streamed": streamed,
+    "graphs": graphs,
+    "memory": memory,
+    "budgets": budgets,
+}
+
+
+def main(arguments: Sequence[str]) -> int:
+    for page in pages():
+        page.write_text(filled(page.read_text(encoding="utf-8")), encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    run_tool(main)
