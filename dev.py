@@ -39,7 +39,7 @@ COMMANDS = {
     "supported, in turn; --host FOLDER: with any ComfyUI, of which a table first tells what would run eager, and why",
     "bench": "compare with other ways to compile; options --blocks D+S, --quick, --rounds N, --json FILE, --plot FILE; "
     "or --model FILE, --soak N, --fuzz SECONDS, --quantize, --memory, --offload, --start",
-    "pictures": "remake the README's pictures of the canvas; needs a Chromium",
+    "pictures": "remake docs/'s pictures of the canvas; needs a Chromium",
     "serve": "run ComfyUI with this pack for a browser; options --port N, -- ARGUMENTS OF COMFYUI",
     "package": "validate, lint and pack for the Comfy registry, into node.zip",
 }

@@ -1,4 +1,4 @@
-"""A bar chart as SVG, which a README shows as it is."""
+"""A bar chart as SVG, which a page shows as it is."""
 
 from __future__ import annotations
 

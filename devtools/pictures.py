@@ -1,4 +1,4 @@
-"""dev.py pictures: remakes the README's pictures of the canvas, which are what a browser shows of prompts that run.
+"""dev.py pictures: remakes docs/'s pictures of the canvas, which are what a browser shows of prompts that run.
 
 Needs Playwright's Python package, Pillow and a Chromium of the machine.
 """
