@@ -79,15 +79,8 @@ def measure(
                 rows.append(row)
                 print(_line(row), flush=True)
                 if json:
-                    write_json(
-                        json,
-                        {
-                            "device": torch.cuda.get_device_name(),
-                            "torch": torch.__version__,
-                            "told": told,
-                            "rows": [asdict(row) for row in rows],
-                        },
-                    )
+                    numbers = [asdict(row) for row in rows]
+                    write_json(json, {**gpu_host.about(), "told": told, "rows": numbers})
     return rows
 
 

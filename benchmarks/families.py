@@ -161,5 +161,4 @@ def report(name: str, sides: Sequence[Side], blocks: int, json: Path | None) -> 
     print_table(rows)
     if json:
         seen = [{key: value for key, value in vars(side).items() if key != "model"} for side in sides]
-        about = {"device": device, "torch": torch.__version__, "model": name, "blocks": blocks}
-        write_json(json, {**about, "sides": seen})
+        write_json(json, {**gpu_host.about(), "model": name, "blocks": blocks, "sides": seen})

@@ -138,7 +138,7 @@ def main(arguments: Sequence[str]) -> int:
 def write(path: Path | None, ceilings: dict[str, float], sides: Sequence[Side]) -> None:
     if path:
         numbers = [{name: value for name, value in vars(side).items() if name != "model"} for side in sides]
-        write_json(path, {"device": torch.cuda.get_device_name(), "ceilings": ceilings, "sides": numbers})
+        write_json(path, {**gpu_host.about(), "ceilings": ceilings, "sides": numbers})
 
 
 def measure_starts(blocks: tuple[int, int], rounds: int, names: Sequence[str] | None, json: Path | None) -> int:

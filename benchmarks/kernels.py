@@ -59,7 +59,8 @@ def main(arguments: Sequence[str]) -> int:
             PARTS[part](functools.partial(measure, rows, part, replays), *given.tokens, given.fa3)
         in_turns(replays)
     if given.json:
-        write_json(given.json, {"rows": rows})
+        about = {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "triton": triton.__version__}
+        write_json(given.json, {**about, "rows": rows})
     return 0
 
 

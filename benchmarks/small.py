@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from devtools import gpu_host
 from devtools.cli import write_json
 from devtools.gpu_host import compiled, load, quantize, sample
 
@@ -104,7 +105,7 @@ def _sides(blocks: tuple[int, int], hidden: int) -> list[dict[str, Any]]:
 def _write(json: Path | None, ways: Sequence[Way]) -> None:
     if json:
         numbers = [{**vars(way), "step": way.step} for way in ways]
-        write_json(json, {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "ways": numbers})
+        write_json(json, {**gpu_host.about(), "ways": numbers})
 
 
 def _measure(shape: str, size: int, name: str, model: Any, latents: dict[str, torch.Tensor]) -> Way:

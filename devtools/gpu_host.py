@@ -58,6 +58,19 @@ def start(dynamic_vram: bool = True, cpu: bool = False) -> None:
     comfy.memory_management.aimdo_enabled = True
 
 
+def about() -> dict[str, str]:
+    """What a result must tell beside its numbers: the card, the versions and the command."""
+    from comfyui_version import __version__
+
+    spec = sys.modules["__main__"].__spec__
+    return {
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU",
+        "torch": torch.__version__,
+        "ComfyUI": __version__,
+        "command": " ".join(["python -m", spec.name if spec else sys.argv[0], *sys.argv[1:]]),
+    }
+
+
 def load(
     double: int, single: int, dtype: torch.dtype, format: str | None = None, dynamic: bool = True, **shape: Any
 ) -> Any:
