@@ -243,6 +243,22 @@ def budgets() -> str:
     )
 
 
+def quality() -> str:
+    """Signal-to-noise ratios of the formats."""
+    rows = read("quantize")
+    return markdown(
+        ["`format`", "Bits a weight", *(name.capitalize().replace("lora", "LoRA") for name in rows[0]["snr"])],
+        (
+            (
+                f"`{row['format'].removesuffix(', simulated')}`",
+                f"{row['bits']:.1f}",
+                *(f"{decibels:.1f} dB" for decibels in row["snr"].values()),
+            )
+            for row in sorted(rows, key=lambda row: -row["snr"]["20 steps"])
+        ),
+    )
+
+
 def read(name: str) -> Any:
     return json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
 
@@ -265,6 +281,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "graphs": graphs,
     "memory": memory,
     "budgets": budgets,
+    "quality": quality,
 }
 
 
