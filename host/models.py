@@ -17,7 +17,7 @@ WHOLE_MODEL = "diffusion_model"
 
 
 def require_model(model: Any) -> None:
-    """Raise ValueError for anything else, which a client of the HTTP API may post and the host passes on."""
+    """Raise ValueError for anything but a MODEL: the host passes on what a client of the HTTP API posts."""
     if not isinstance(model, ModelPatcher):
         raise ValueError(f"model: this is {type(model).__name__} and no MODEL. Connect the output of a model loader.")
 
@@ -51,7 +51,7 @@ def compiled_by_another(options: Mapping[str, Any]) -> frozenset[str]:
     under these options: their paths, such as ``diffusion_model.double_blocks.0``; ``WHOLE_MODEL`` for all of it."""
     found: set[str] = set()
     for wrapper in options.get("wrappers", {}).get(WrappersMP.APPLY_MODEL, {}).get(COMPILE_KEY, ()):
-        # The host tells it to nobody but its wrapper.
+        # Nothing but the host's wrapper knows it.
         closure = inspect.getclosurevars(wrapper).nonlocals if inspect.isfunction(wrapper) else {}
         found.update(closure.get("compiled_module_dict", {WHOLE_MODEL: None}))
     return frozenset(found)

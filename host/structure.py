@@ -44,6 +44,6 @@ def unknown_structure() -> str:
 
 
 def tell_unknown_structure() -> None:
-    """Say in the log when ComfyUI starts what its user would wait for in vain."""
+    """Say in the log when ComfyUI starts that blocks will run eager, and why."""
     if unknown_structure():
         log.warning("%s", unknown_structure())

@@ -38,7 +38,7 @@ __import__(f"{name}.host.compiling.helper")
 sys.modules[f"{name}.host.compiling.helper"].main(source)
 """
 SIZE = struct.Struct("<Q")
-# No region takes so long, but for modes that try kernels for minutes.
+# Longer than any region takes, in modes that time kernels too.
 _LONGEST_SECONDS = 1800
 _MOST_TRIES = 2
 
@@ -93,7 +93,7 @@ class Helper:
             if asked is None:
                 asked = self._asked[key] = _Asked(job())
             if asked.state == "done":
-                # Or it would be asked for for ever.
+                # Else it would be asked for at each prompt.
                 asked.state, asked.reason = "failed", "what was compiled does not fit this process"
             elif asked.state == "failed" and asked.tries < _MOST_TRIES:
                 asked.state = "waiting"

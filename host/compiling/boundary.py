@@ -1,4 +1,4 @@
-"""Where getting code for a block ends, whose failures have a block run eager, and the host's own computation begins."""
+"""The boundary between getting code for a block, whose failures make it run eager, and the host's own computation."""
 
 from __future__ import annotations
 

@@ -55,7 +55,7 @@ def _receive(source: IO[bytes]) -> bytes:
 
 
 def _read(source: IO[bytes], jobs: queue.Queue[bytes]) -> None:
-    """Pass jobs on; at the end of the pipe what is under way is for nobody."""
+    """Pass jobs on; end this process with the pipe: nobody waits for what is under way."""
     while len(size := source.read(SIZE.size)) == SIZE.size:
         jobs.put(source.read(*SIZE.unpack(size)))
     if jobs.unfinished_tasks:
@@ -98,5 +98,5 @@ def _compile(job: Job) -> str:
 
 
 def _stand_in(q: Tensor, k: Tensor, v: Tensor, pe: Any, mask: Any, slices: Any) -> Tensor:
-    """Attention is none of the region where it is patched."""
+    """In place of patched attention, which runs outside of the region."""
     return q.transpose(1, 2).flatten(2)

@@ -35,7 +35,7 @@ class Plans:
         return plan, plan.layers(block)
 
     def ahead(self, kind: BlockKind, block: nn.Module) -> None:
-        """Plan ahead, to know how many regions there will be; what can't be planned says why when it runs."""
+        """Plan ahead, to know how many regions there will be; what can't be planned says so when it runs."""
         with suppress(Exception):
             self.of(kind, block)
 

@@ -70,7 +70,7 @@ def _affords(device: torch.device, size: int) -> bool:
 
 
 class Replayed:
-    """What of one call of the model ran as recordings: ``blocks`` of each kind, and ``why_not`` others, by reason."""
+    """What ran as recordings in one call: ``blocks`` of each kind, and ``why_not`` of the others, by reason."""
 
     def __init__(self) -> None:
         self.blocks: Counter[str] = Counter()

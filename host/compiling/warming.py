@@ -31,7 +31,7 @@ log = logging.getLogger(__name__)
 _LATENT = (128, 128)
 _TOKENS = 512
 _SECONDS = 0.1
-# PyTorch's compiler serves one thread at a time. Python waits for it when it ends.
+# PyTorch's compiler serves one thread at a time. Python joins this one at exit.
 _WORKER = ThreadPoolExecutor(1, thread_name_prefix="hotpath-warming")
 
 
@@ -82,7 +82,7 @@ class Warming:
             self._futures[example.kind.name] = _WORKER.submit(_quietly, work)
 
     def wait(self, kind: BlockKind, show: Callable[[], None]) -> None:
-        """Until the region of ``kind`` is ready or given up. What has not begun is left to who asks.
+        """Wait until the region of ``kind`` is ready or given up; what has not begun is left to the caller.
 
         ``show`` is called where it compiles. Raises the host's interrupt.
         """
@@ -99,7 +99,7 @@ class Warming:
                 future.exception(_SECONDS)
 
     def compiles(self, kind: BlockKind) -> None:
-        """What is under way for ``kind`` is no mere loading."""
+        """Whether what is under way for ``kind`` compiles, and does not only load."""
         self._compiling.add(kind.name)
 
     def cancel(self) -> None:
@@ -108,7 +108,7 @@ class Warming:
 
 
 def until_ready() -> None:
-    """Until all is compiled that is under way."""
+    """Wait until all that is under way is compiled."""
     _WORKER.submit(lambda: None).result()
 
 

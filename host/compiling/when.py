@@ -122,5 +122,5 @@ def _job(region: Region, given: Arguments) -> Job:
 
 
 def _never_here() -> None:
-    """Instead of compiling in this process, where a graph that was there a moment ago does not hold any more."""
-    raise NotHoistable("what was compiled in the background does not fit any more")
+    """Called before compiling here, where the graph that was there a moment ago no longer holds."""
+    raise NotHoistable("what was compiled in the background no longer fits")

@@ -13,7 +13,7 @@ from torch import Tensor
 
 OLDEST_DIFFUSERS = "0.37.0"
 
-# What the host's Flux code has fixed, by diffusers' class; another value would give another image.
+# What the host's Flux code fixes, by diffusers' class; with another value the image would be wrong.
 FIXED: Mapping[str, Mapping[str, Any]] = {
     "FluxTransformer2DModel": {
         "patch_size": 1,

@@ -28,7 +28,7 @@ _TELLING = ("bnb_4bit_quant_type", "weights_dtype", "quant_type")
 class Int8Rows:
     """How a method names a layer's weight of (rows, columns) and its scales, one for each row in units of ``unit``.
 
-    ``others`` are kept beside them, and with these values mean nothing.
+    ``others`` are stored beside them and must have these values, with which they change nothing.
     """
 
     weight: str

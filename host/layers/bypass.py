@@ -60,7 +60,7 @@ class _Bypassed(nn.Module):
 
     @classmethod
     def rank(cls, weights: tuple[Any, ...]) -> float:
-        """What the adapter divides its alpha by."""
+        """The rank, by which the adapter's alpha is divided."""
         raise NotImplementedError
 
 
@@ -199,7 +199,7 @@ def _adapters(module: nn.Module) -> list[Any] | None:
         hook: Any = getattr(forward, "__self__", None)
         if type(hook) is not BypassForwardHook or forward.__func__ is not _BYPASS_FORWARD:
             return None
-        # Of two on one layer, the host takes back the first first, and then one may be around itself.
+        # The host removes the first of two on a layer first, after which one may wrap itself.
         if hook.module is not module or hook in hooks:
             return None
         hooks.add(hook)

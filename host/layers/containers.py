@@ -19,7 +19,7 @@ from torch import nn
 from ...hotpath.template import NotHoistable, is_plain, own_state
 
 _HOST = "comfy"
-# Their state is set when they are made, and each call of each block would be asked for it.
+# Their state is set when they are made; asking for it at each call of each block would cost time.
 _SETTLED = (comfy.ldm.flux.layers.__name__, "torch.nn.modules")
 _KEEPERS = (Mapping, MutableSequence, Set)
 _PREFERENCE, _PREFERENCE_CLASS = "comfy_attention", "ComfyAttention"

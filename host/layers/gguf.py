@@ -39,7 +39,7 @@ class Gguf(NamedTuple):
 
 
 FINISHED = Gguf(None)
-# By class: how its layers were seen to compute as the engine does.
+# By class: the states in which its layers were seen to compute as the engine does.
 _AGREES: weakref.WeakKeyDictionary[type, set[Hashable]] = weakref.WeakKeyDictionary()
 
 
@@ -81,7 +81,7 @@ def refuse_unknown_form(kind: Any, base: type, name: str) -> None:
             f"{name} is a GGUF layer of another form than HotPath knows: it has no {(*missing, 'dequant_dtype')[0]}"
         )
     if not issubclass(kind, host) or kind.forward is not host.forward:
-        raise NotHoistable(f"{name} is a GGUF layer of another form than HotPath knows: its forward is its own")
+        raise NotHoistable(f"{name} is a GGUF layer of another form than HotPath knows: it overrides forward")
 
 
 def gguf_linear(layer: Any) -> GgmlLinear | None:
@@ -121,8 +121,8 @@ def gguf_weights(layer: Any, state: Gguf, like: Tensor) -> dict[str, Tensor]:
 
 
 def plain(tensor: Tensor) -> Tensor:
-    """The memory of ``tensor`` as a tensor of PyTorch's own class, which that of a GGUF file hands out of nothing that
-    is done with it."""
+    """The memory of ``tensor`` as a tensor of PyTorch's own class, which no operation on a
+    GGUF file's tensor returns."""
     if type(tensor) in (Tensor, nn.Parameter):
         return tensor
     with torch._C.DisableTorchFunctionSubclass():

@@ -27,7 +27,7 @@ _INT8 = "int8_tensorwise"
 
 @torch.library.custom_op("hotpath::int8_product", mutates_args=())
 def _int8_product(rows: Tensor, weight: Tensor) -> Tensor:
-    # PyTorch's own refuses few rows on CUDA, which a guard in the region would have to tell apart.
+    # PyTorch's own refuses few rows on CUDA, which would take a guard in the region.
     return kitchen.mm_int8(rows, weight.t())
 
 
@@ -198,7 +198,7 @@ def quantized_layer(layer: Any) -> nn.Module:
     """The layer that computes as ``layer`` does with the format in use.
 
     Raises:
-        NotHoistable: the host keeps the format in another way than all that there are.
+        NotHoistable: the format's layout is of a form that is not known.
     """
     if format_in_use(layer) != layer.quant_format:
         return Int4WeightOnlyLinear(layer) if layer.layout_type == INT4_WEIGHT_ONLY else WeightOnlyLinear(layer)
@@ -217,7 +217,7 @@ def state_in_use(layer: Any) -> Hashable:
     """``format_in_use``, with all that an opaque layer depends on beside its tensors."""
     format = format_in_use(layer)
     if format is None:
-        # One that was left alone in a quantized model has no format at all.
+        # A layer that a quantized model leaves in full precision has no format.
         return None
     known = format != layer.quant_format or format in _FP8 or format == _INT8 or layer.layout_type == FP8_ROWWISE
     return format if known else (format, opaque_facts(layer.weight))
@@ -248,7 +248,7 @@ def quantized_weights(layer: Any, state: Hashable, like: Tensor) -> dict[str, Te
         raise NotHoistable(f"a layer is kept in {layer.quant_format} and used in {like.dtype}")
     if opaque:
         if opaque_facts(weight) != facts:
-            raise NotHoistable(f"a layer is kept in {layer.quant_format} and brought in another form of it")
+            raise NotHoistable(f"a layer is kept in {layer.quant_format} and handed out in another form")
         tensors = {**opaque_tensors(weight), "bias": bias}
         if _quantizes_input(layer):
             tensors["input_scale"] = getattr(layer, "input_scale", None)

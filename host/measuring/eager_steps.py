@@ -72,7 +72,7 @@ def step_kind(model: BaseModel, x: Tensor, c_crossattn: Tensor | None) -> Hashab
 
 
 def note_quickest(known: dict[Hashable, float], seconds: float, kind: Hashable) -> float:
-    """Keep the least seconds of each kind, which a step takes when nothing is in its way; those of ``kind``."""
+    """Keep the least seconds of each kind, those of an undisturbed step; returns those of ``kind``."""
     known[kind] = min(known.get(kind, seconds), seconds)
     return known[kind]
 

@@ -251,7 +251,7 @@ def _empty_twin(source: BaseModel) -> Any:
     config: Any = source.model_config
     kind: Any = type(config)
     dtype = source.get_dtype_inference()
-    # What the class's __getattr__ says of missing names keeps copy.copy from working.
+    # The class's __getattr__ keeps copy.copy from working.
     twin_config = kind.__new__(kind)
     twin_config.__dict__.update(config.__dict__)
     twin_config.unet_config = dict(config.unet_config)
@@ -289,7 +289,7 @@ def _quantize_layer(layer: Any, format: Format, dtype: torch.dtype, model: Model
     try:
         weight = format.quantize(layer.weight.to(model.load_device), dtype)
     except torch.OutOfMemoryError:
-        log.warning("%s has no memory left to quantize a layer, which is done in RAM", model.load_device)
+        log.warning("%s has no memory left to quantize a layer; it is quantized in RAM", model.load_device)
         weight = format.quantize(layer.weight.to(model.offload_device), dtype)
     weight = weight.to(model.offload_device)
     layer.weight = nn.Parameter(weight, requires_grad=False)

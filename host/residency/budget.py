@@ -11,7 +11,7 @@ _BUDGET = re.compile(r"(?P<number>\d+(\.\d*)?|\.\d+)\s*(?P<unit>gib|gb|g|%)?", r
 
 @dataclass(frozen=True)
 class Budget:
-    """How many bytes of a MODEL may be on the device: all that are free, a number, or a share of the MODEL."""
+    """The bytes of a MODEL that may be on the device: all that are free, a number, or a share of the MODEL."""
 
     number: float | None = None
     share: float | None = None
@@ -29,8 +29,8 @@ class Budget:
             return cls()
         if found is None or (found["unit"] == "%" and float(found["number"]) > 100):
             raise ValueError(
-                f"budget: {text!r} is none. Write 'auto', a number of GiB such as '10' or '10 GiB', or a share of the "
-                "model from '0 %' to '100 %'."
+                f"budget: {text!r} is no budget. Write 'auto', a number of GiB such as '10' or '10 GiB', or a share of "
+                "the model from '0 %' to '100 %'."
             )
         if found["unit"] == "%":
             return cls(share=float(found["number"]) / 100)

@@ -1,8 +1,8 @@
 """Where the weights of a MODEL with dynamic VRAM lie in the range of addresses that the host gives them.
 
 The host keeps what lies low in that range, up to a watermark that sinks as memory is wanted elsewhere, and brings the
-rest at each step. By itself it has the largest layers lowest, and so what it brings in a row of like blocks, each with
-one other to arrive under.
+rest at each step. By itself it puts the largest layers lowest, so that it fetches a run of like blocks, each of which
+has one other to hide behind.
 """
 
 from __future__ import annotations
@@ -81,8 +81,8 @@ def lay_out(model: ModelPatcher, resident: str, ahead: bool) -> None:
 def limit(budget: Budget, patcher: ModelPatcher) -> None:
     """Let the host keep no more than ``budget`` of a loaded MODEL with dynamic VRAM, until it loads it again.
 
-    The host's own bound for it, ``set_watermark_limit``, is the other way round: below it nothing is ever given up,
-    also when memory has run out.
+    The host's own bound for it, ``set_watermark_limit``, is a lower bound: below it nothing is ever given up, not
+    even when memory has run out.
     """
     vbar = patcher._vbar_get()
     wanted = budget.bytes(patcher.model_size())

@@ -54,7 +54,7 @@ class OffloadSettings:
         if self.modulation not in MODULATION:
             raise ValueError(f"modulation: {self.modulation!r} is unknown. Choose one of {', '.join(MODULATION)}.")
         if not isinstance(self.prefetch_blocks, int) or not 0 <= self.prefetch_blocks <= 8:
-            raise ValueError(f"prefetch_blocks: {self.prefetch_blocks!r} is none. Choose a number from 0 to 8.")
+            raise ValueError(f"prefetch_blocks: {self.prefetch_blocks!r} is out of range. Choose a number from 0 to 8.")
 
 
 def offload_repeated_blocks(model: ModelPatcher, settings: OffloadSettings, text: NodeText) -> ModelPatcher:
@@ -106,7 +106,7 @@ def offload_repeated_blocks(model: ModelPatcher, settings: OffloadSettings, text
 
 
 def _loads_all(kind: type[ModelPatcher]) -> type[ModelPatcher]:
-    """The class of a MODEL that was of ``kind`` before it left out anything."""
+    """The class that a MODEL had before it left out anything."""
     return next(base for base in kind.__mro__ if not issubclass(base, LeavesOut))
 
 
@@ -127,7 +127,7 @@ class LeavesOut(ModelPatcher):
     _listed: bool = False
 
     def clone(self, *args: Any, **kwargs: Any) -> ModelPatcher:
-        """The host's, whose size is not to be made smaller once more."""
+        """The host's, without subtracting from its size once more."""
         clone = super().clone(*args, **kwargs)
         # GGUF's gives its own class.
         clone.__class__ = type(self)

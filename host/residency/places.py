@@ -1,4 +1,4 @@
-"""Where a block's weights are, known again without asking the host for each of them.
+"""Where a block's weights are, recognized without asking the host for each of them.
 
 What the host makes of a layer's weights depends on where they are and on a few switches of the layer. While all that is
 as it was, and with dynamic VRAM the pages too, the host would hand out the same memory as before.
@@ -93,7 +93,7 @@ class Places:
 
 
 def _switches(layer: nn.Module) -> Hashable:
-    """What decides what the host does with the weights of ``layer``, and how many it has."""
+    """The switches by which the host decides what to do with the weights of ``layer``, and how many it has."""
     held = layer.__dict__
     functions = bool(held.get("weight_function")), bool(held.get("bias_function"))
     return held.get("comfy_cast_weights"), functions, _PAGES in held, len(layer._parameters)

@@ -38,7 +38,7 @@ class CallAccount:
         self._compiled.add((kind, index))
 
     def ran_eager(self, kind: str, index: int, reason: str, entered: bool = True) -> None:
-        """``entered`` is off for a block that is only known to be left to run as it is."""
+        """``entered`` is off for a block that is known to run eager and was not entered."""
         self.entered |= entered
         self._eager.add((kind, index))
         self.eager.setdefault(reason, set()).add(block_name(kind, index))

@@ -80,7 +80,7 @@ class Ledger:
             took = [f"compiled in {self.seconds:.1f} s"] if self.seconds else []
             took += [f"loaded in {self.load_seconds:.2f} s"] if self.load_seconds else []
             parts.append(f"{blocks} blocks run as {len(self.regions)} regions, {', '.join(took) or 'compiled earlier'}")
-            # That nothing was stored yet is no news.
+            # That nothing was stored yet goes without saying.
             states = {region.stats.cache.removeprefix(FIRST_TIME).removeprefix("; ") for region in self.regions}
             parts += [f"cache {state}" for state in sorted(states) if state.startswith(("miss", "not stored"))]
         if account.eager or account.not_run:

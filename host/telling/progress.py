@@ -135,7 +135,7 @@ class StepClock:
         kind: Any = None,
         counts: Callable[[], bool] = lambda: True,
     ) -> Any:
-        """Run ``step`` on ``device`` and return what it does. One for which ``counts`` says no is none to tell of."""
+        """Run ``step`` on ``device`` and return what it does. A step for which ``counts`` is false is not kept."""
         if device.type != "cuda":
             started = time.perf_counter()
             out = step()

@@ -165,7 +165,7 @@ def _lines(blocks: CompiledBlocks) -> list[str]:
 
 
 def add_routes() -> None:
-    """Register the routes with the running server; without one (a script that loads the pack) there are none."""
+    """Register the routes with the running server; none in a script that loads the pack without a server."""
     server = getattr(PromptServer, "instance", None)
     if server is None:
         return

@@ -55,7 +55,7 @@ def test_budgets_of_all_kinds():
     assert Budget.parse("auto").bytes(10) == float("inf")
     assert Budget.parse("25 %").bytes(1000) == 250 and Budget.parse("100%").bytes(8) == 8
     for odd in ("", "half", "-1", "120 %", "1 TiB", "nan", "inf", None, 5):
-        with pytest.raises(ValueError, match="budget: .* is none. Write 'auto', a number of GiB"):
+        with pytest.raises(ValueError, match="budget: .* is no budget. Write 'auto', a number of GiB"):
             Budget.parse(odd)
 
 

@@ -59,7 +59,7 @@ def test_streamed_blocks_give_the_same_bits_and_compiled_the_same_image(small_fl
     "odd, message",
     [
         ({"modulation": "never"}, "'never' not in \\['ahead', 'in place'\\]"),
-        ({"budget": "half"}, "budget: 'half' is none. Write 'auto', a number of GiB"),
+        ({"budget": "half"}, "budget: 'half' is no budget. Write 'auto', a number of GiB"),
         ({"prefetch_blocks": 9}, "prefetch_blocks"),
     ],
 )
