@@ -147,7 +147,7 @@ def measure_starts(blocks: tuple[int, int], rounds: int, names: Sequence[str] | 
     groups = [group for group in start.ON_A_GPU if names is None or any(side.name in names for side in group)]
 
     def show(name: str, run: dict[str, Any]) -> None:
-        # A machine that is lent may be taken back before the end.
+        # The machine may be lost before the end.
         print_table((*start.rows({name: [run]})[1:], *start.parts({name: [run]})))
         print(flush=True)
 
@@ -235,7 +235,7 @@ def measure(sides: Sequence[Side], bandwidth: float) -> None:
 
 
 def measure_steps(side: Side) -> None:
-    """A part of an image: the first step, which may load weights, is none of its steady ones."""
+    """A part of an image: the first step, which may load weights, is left out of the steady ones."""
     torch.cuda.reset_peak_memory_stats()
     started = time.perf_counter()
     side.steps += run(side.model, IMAGE_STEPS // ROUNDS)[1][1:]

@@ -62,7 +62,7 @@ def examine(name: str, make: Callable[[], Any]) -> Row:
         model = compile_repeated_blocks(make(), settings, "all", "all", "eager", NodeText(None))
         sample(model, Inputs(*_SMALL), 1)
     except Exception as error:
-        # Of a host that nobody has tried yet, anything can come.
+        # A host that nobody has tried yet may raise anything.
         told = next(iter(str(error).strip().splitlines()), "")
         return Row(name, {}, {f"{type(error).__name__}: {told}": ["the model"]})
     blocks = compiled_blocks(model)

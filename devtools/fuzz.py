@@ -40,7 +40,7 @@ TOLERANCE = 1e-4
 QUANTIZED_TOLERANCE = 0.05
 # Seconds between two lines of progress.
 _QUIET = 10
-# Words of the compiler, which no one else reads.
+# The compiler's own words, which no user should meet.
 _GUARD_WORDS = re.compile(r"\b[LG]\[|___|\bunknown\b|\b(Eq|Ne|Mod)\(|\bs\d+\b|\.size\(\)|expected \d+, actual")
 
 

@@ -9,7 +9,7 @@ from collections import defaultdict
 from types import CodeType, FrameType
 
 _SECONDS = 0.004
-# All that is called from these belongs to their part, unless one of them further in calls it: path of the file, and
+# All that these call belongs to their part, unless another of them calls it in between: path of the file, and
 # functions.
 _WHOLE = (
     ("hotpath/graphs.py", ("to_bytes",), "pickling"),

@@ -1,4 +1,4 @@
-"""The engine: finds repeated blocks, compiles one region per block structure, and counts what happened.
+"""The engine: plans repeated blocks, compiles one region per block structure, keeps it, and counts what happened.
 
 It imports torch and nothing of the host.
 """

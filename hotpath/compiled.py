@@ -96,7 +96,7 @@ class Region:
         self._options = region_options(self.settings.mode, probe) if inductor else {}
         self._probed = probe or not inductor
         # Dynamo keeps its cache and its recompile limit per code object, and per name which sizes it has seen vary, so
-        # that a model of another width would make weights of any size. Each region gets both of its own.
+        # that a model of another width would make the sizes of weights dynamic. Each region gets both of its own.
         code = self._region.__code__
         self._code = code.replace(co_name=f"hotpath_{self.name.replace(' ', '_')}_{next(_NUMBERS)}")
         self._function = types.FunctionType(
@@ -123,7 +123,7 @@ class Region:
         return self._kept is not None
 
     def loads(self, weights: dict[str, Tensor], inputs: dict[str, Any]) -> bool:
-        """Load what an earlier process compiled; whether that does for these arguments, so that nothing is compiled."""
+        """Load what an earlier process compiled; whether it accepts these arguments, so that nothing is compiled."""
         kept = self.kept
         if kept is None:
             return False

@@ -38,7 +38,7 @@ class Recorder(Protocol):
     """What records on one device."""
 
     def record(self, run: Launch, weights: dict[str, Tensor]) -> Recording:
-        """What ``run(weights)`` launches, of which nothing happens now. It holds the addresses of ``weights`` alone.
+        """Record what ``run(weights)`` launches, without running it. Of ``weights`` it holds the addresses alone.
 
         Raises:
             Busy: another thread is recording.

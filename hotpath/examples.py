@@ -47,13 +47,13 @@ def example_inputs(described: Any, device: torch.device) -> Any:
 
 
 def example_weights(described: Mapping[str, Described], device: torch.device) -> dict[str, Tensor]:
-    """Weights that all lie in one piece of memory, as large as the largest: they are looked at, or multiplied by where
-    nobody looks at what comes out, and never written."""
+    """Weights that share one piece of memory, as large as the largest: they are read, for results that nobody uses, and
+    never written."""
     size = max((told.bytes for told in described.values()), default=0)
     weights = {}
     for inference in (False, True):
         with torch.inference_mode(inference):
-            # Weights of another kind of mode are none of this piece.
+            # Inference tensors and normal ones have a piece each.
             memory = torch.empty(size, dtype=torch.uint8, device=device)
             for name, told in described.items():
                 if told.inference == inference:

@@ -123,7 +123,7 @@ def structure_text(template: nn.Module) -> str:
             if parameter is None:
                 lines.append(f"{path}.{name} None")
                 continue
-            # A code for each rank of a LoRA would be kept otherwise.
+            # Otherwise code would be kept for each rank of a LoRA.
             dims = varying.get(f"{path}.{name}", ())
             shape = tuple(None if dim in dims else size for dim, size in enumerate(parameter.shape))
             lines.append(f"{path}.{name} {shape} {parameter.dtype}")
@@ -318,8 +318,8 @@ def global_dependency(guarded: str, aliases: Mapping[str, str], module: str) -> 
 def traced_places(roots: Iterable[Any]) -> set[tuple[str, int]]:
     """Module and first line of all functions among ``roots``, of their classes, and of what these define inside.
 
-    Of what is defined inside, the line from which Python shows its text, too, as Dynamo tells that one: a generator's
-    is that of the function around it.
+    Of what is defined inside also the first line of its source text, which Dynamo may report: a generator's is that of
+    the function around it.
     """
     places = set()
     for function in _functions(roots):

@@ -34,7 +34,7 @@ class Later:
                 self._last = self._worker.submit(_done, work)
 
     def wait(self) -> None:
-        """Until all that was added is done."""
+        """Wait until all that was added is done."""
         self.begin()
         if self._last is not None:
             self._last.result()

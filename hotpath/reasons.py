@@ -1,4 +1,4 @@
-"""What PyTorch and compilers say, in words of the field's users: why code was compiled again, why it could not be."""
+"""What PyTorch and compilers say, in plain words: why code was compiled again, why it could not be."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ _GUARDS = tuple(
             r"2 <= [^<>=&|]*\.size\(\)\[(\d+)\]|\.size\(\)\[(\d+)\] (?:!= 1|>= 2|> 1)\b",
             "size {0} of {name} changed to 1",
         ),
-        (r"\.size\(\)\[0\]", "batch size is none that the code was compiled for"),
-        (r"\.size\(\)\[(\d+)\]", "size {0} of {name} is none that the code was compiled for"),
+        (r"\.size\(\)\[0\]", "batch size is not one that the code was compiled for"),
+        (r"\.size\(\)\[(\d+)\]", "size {0} of {name} is not one that the code was compiled for"),
         (r"_dynamo_\w*dynamic_indices|_dynamo_\w+_dims", "which sizes of {name} may vary changed"),
         (r"[Dd]uplicate tensor|alias|WEAKREF", "which inputs share memory changed"),
         (r"grad_mode|is_grad_enabled|GRAD_MODE", "whether PyTorch records gradients changed"),

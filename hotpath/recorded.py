@@ -39,11 +39,11 @@ _ACTIVATIONS = 24
 _ASKED = 4
 _WAITED = 0.25
 
-NO_MEMORY = "recording it takes memory that the device has not free"
+NO_MEMORY = "recording it takes more memory than the device has free"
 MOVED = "its weights are elsewhere at each call"
 HELD = "another node keeps the output of a block"
 DIFFERS = "its recording computes something else"
-OTHER_KIND = "its inputs are of another kind than memory that stays in place"
+OTHER_KIND = "its inputs are of a kind that can't be kept in place"
 
 Addresses = tuple[tuple[int, torch.Size, tuple[int, ...]], ...]
 

@@ -102,7 +102,7 @@ class StaticInputs:
             _bytes_of(found.spans[group]).copy_(self.memory[group])
 
     def place_of(self, tensor: Tensor) -> int | None:
-        """The number of the twin that ``tensor`` is a view of, element for element; None when it is none."""
+        """The number of the twin that ``tensor`` is a view of, element for element; None when it is a view of none."""
         for index, twin in enumerate(self.twins):
             if tensor.data_ptr() == twin.data_ptr() and _same_geometry(tensor, twin):
                 return index

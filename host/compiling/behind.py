@@ -107,7 +107,7 @@ class Helper:
         return (asked.state, asked.reason) if asked else ("", "")
 
     def wait(self) -> None:
-        """Until nothing is left to do."""
+        """Wait until nothing is left to do."""
         while (thread := self._thread) is not None:
             thread.join()
 
