@@ -5,6 +5,7 @@ shows. ``--all`` runs all of them, ``--turn N`` one part of them, so that each h
 """
 
 from collections import Counter
+from zlib import crc32
 
 import pytest
 
@@ -54,6 +55,12 @@ def choose(config, items):
     left_out = [item for item in sweeps if item not in due]
     config.hook.pytest_deselected(items=left_out)
     items[:] = [item for item in items if item not in set(left_out)]
+
+
+def has_its_turn(config, name):
+    """Whether what is called ``name`` is due, of many alike that share the turns."""
+    turn = config.option.turn
+    return config.option.all or (turn is not None and crc32(name.encode()) % TURNS == turn % TURNS)
 
 
 def header(config):

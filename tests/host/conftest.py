@@ -3,6 +3,7 @@
 import logging
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,8 @@ from comfy.cli_args import args  # noqa: E402
 args.cpu = True
 args.use_pytorch_cross_attention = True
 
+import sampling  # noqa: E402
+import sweeps  # noqa: E402
 import torch  # noqa: E402
 from hotpath_pack.devtools import checkpoints  # noqa: E402
 from hotpath_pack.host.compiling import compile as host_compile  # noqa: E402
@@ -34,6 +37,15 @@ def flux_weights():
 def flux(flux_weights):
     """A tiny Flux.1 dev through the host's loader, on its own copy of the weights."""
     return load({name: weight.clone() for name, weight in flux_weights.items()})
+
+
+@pytest.fixture(autouse=True, scope="module")
+def traced_by_autograd_too(request):
+    """Graphs go through AOTAutograd, as the compiler's do, in the files whose turn it is."""
+    with pytest.MonkeyPatch.context() as patched:
+        if sweeps.has_its_turn(request.config, request.path.name):
+            patched.setattr(sampling, "SETTINGS", replace(sampling.SETTINGS, backend="aot_eager"))
+        yield
 
 
 @pytest.fixture(autouse=True)

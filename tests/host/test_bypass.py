@@ -71,6 +71,7 @@ def test_each_rank_and_alpha_of_its_own_in_one_file(flux, flux_weights):
     assert counting.graphs <= 4
 
 
+@pytest.mark.sweep
 def test_some_layers_alone_then_all_then_none(flux, flux_weights):
     fast = []
     for layers in (["single_blocks.1.linear1", "double_blocks.0.img_mlp.0"], None):

@@ -334,6 +334,7 @@ def test_what_is_wrong_with_a_folder_is_named_with_its_file(dev, damage):
 
 
 @pytest.mark.parametrize("make", ["quantized", "chroma"])
+@pytest.mark.sweep(keep=["quantized"])
 def test_what_diffusers_has_no_class_for_is_not_saved(models, flux_weights, make):
     if make == "chroma":
         model, message = load(checkpoints.chroma()), "model: this is Chroma, and only Flux.1 and Flux.2"

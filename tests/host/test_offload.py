@@ -380,6 +380,7 @@ def test_a_deep_clone_makes_its_own(flux_weights, tmp_path):
 
 
 @pytest.mark.parametrize("make", [checkpoints.flux2, checkpoints.chroma])
+@pytest.mark.sweep(keep=["flux2"])
 def test_blocks_without_modulation_of_their_own_say_so(make):
     model, text = load(make()), Texts()
     ahead = offloaded(model, text=text)

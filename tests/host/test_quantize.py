@@ -296,7 +296,7 @@ def test_the_node_offers_what_runs_here_and_validates_the_rest():
 
 
 @pytest.mark.parametrize("make", ["flux2", "chroma"])
-@pytest.mark.sweep(keep=["chroma"])
+@pytest.mark.sweep(keep=["flux2"])
 def test_other_models(make):
     model = load(getattr(checkpoints, make)())
     small = quantized(model, next(format for format in reversed(RUNNABLE) if "int4" not in format))

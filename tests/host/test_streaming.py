@@ -182,6 +182,7 @@ def test_compiled_with_inductor_and_quantized(flux):
 
 
 @pytest.mark.parametrize("weights", [checkpoints.flux2, checkpoints.chroma])
+@pytest.mark.sweep(keep=["flux2"])
 def test_other_models(weights):
     model = load(weights(2, 3))
     lean = assert_streams(model, offloaded(model, budget="0 %"), least=5)

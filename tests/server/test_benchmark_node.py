@@ -12,7 +12,7 @@ SIZE = {"width": 64, "height": 48, "batch_size": 1, "text_tokens": 16, "steps": 
 
 def line(live, **nodes):
     """A workflow of a loader, Compile Repeated Blocks and ``nodes`` (class, inputs)."""
-    compiled = {**COMPILE_DEFAULTS, "backend": "aot_eager", "cache": "off", "model": ["model", 0]}
+    compiled = {**COMPILE_DEFAULTS, "backend": "eager", "cache": "off", "model": ["model", 0]}
     return {
         "model": {"class_type": "UNETLoader", "inputs": {"unet_name": live.checkpoint, "weight_dtype": "default"}},
         "compile": {"class_type": "HotPathCompileRepeatedBlocks", "inputs": compiled},
@@ -61,7 +61,7 @@ def test_what_was_warmed_up_is_ready(small_flux):
     assert result.texts[-1] == ("warm", "ready for 4 kinds of input")
     before = small_flux.counts()
     for batch in (1, 2):
-        small_flux.sample(compiled={"backend": "aot_eager", "cache": "off"}, width=96, height=64, batch=batch)
+        small_flux.sample(compiled={"backend": "eager", "cache": "off"}, width=96, height=64, batch=batch)
     assert small_flux.counts() == before
 
 

@@ -15,7 +15,7 @@ from live import TOLERANCE
 
 COMPILE = "HotPathCompileRepeatedBlocks"
 COMPILED = "2 double and 3 single blocks run as 2 regions"
-SMALL = {"width": 128, "height": 128, "steps": 2, "rounds": 1, "text_tokens": 16, "backend": "aot_eager"}
+SMALL = {"width": 128, "height": 128, "steps": 2, "rounds": 1, "text_tokens": 16, "backend": "eager"}
 TINY = {"ae.safetensors": "taef1", "flux2-vae.safetensors": "taef2"}
 TEXT = {"class_type": "HotPathDevTextEncoder", "inputs": {"tokens": 16, "text_width": 64, "pooled_width": 32}}
 SAMPLED = [name for name in twins() if name != "Flux benchmark"]

@@ -27,7 +27,7 @@ def test_without_a_compiler_the_prompt_goes_on_and_the_node_says_what_to_install
 def test_or_it_ends_with_that_error_and_the_next_one_runs(without_compiler):
     with pytest.raises(PromptFailed, match="no C\\+\\+ compiler was found"):
         without_compiler.sample(compiled={"on_failure": "error"}, steps=2, seed=5)
-    assert without_compiler.difference(compiled={"backend": "aot_eager"}, steps=2) <= TOLERANCE
+    assert without_compiler.difference(compiled={"backend": "eager"}, steps=2) <= TOLERANCE
 
 
 @pytest.mark.parametrize(
@@ -43,7 +43,7 @@ def test_a_backend_that_fails_and_one_that_runs_out_of_memory(small_flux, backen
     assert said in small_flux.server.log_text()
     with pytest.raises(PromptFailed, match=said):
         small_flux.sample(compiled={"backend": backend, "on_failure": "error"}, steps=2)
-    assert small_flux.difference(compiled={"backend": "aot_eager"}, steps=2) <= TOLERANCE
+    assert small_flux.difference(compiled={"backend": "eager"}, steps=2) <= TOLERANCE
 
 
 def test_an_interrupt_while_compiling_leaves_the_next_prompt_in_the_queue_alone(small_flux):

@@ -36,7 +36,7 @@ def test_quantized_and_compiled_with_a_lora(small_flux, formats):
         least = 10 if "int4" in format else 15
         assert snr(full, eager) > least
         # On the CPU the host multiplies fp8_e4m3 dequantized, which rounds, and from then on quantizes, otherwise.
-        fast = small_flux.latent(**run, compiled={"backend": "aot_eager"})
+        fast = small_flux.latent(**run, compiled={"backend": "eager"})
         assert snr(full, fast) > least
         if format.startswith("int8") or format == "fp8_e4m3_rowwise":
             assert (fast - eager).abs().max() <= TOLERANCE, format
