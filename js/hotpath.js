@@ -1,5 +1,6 @@
 import { api } from "../../scripts/api.js";
 import { app } from "../../scripts/app.js";
+import { loadTexts, meaningOf, text } from "./texts.js";
 
 const EVENT = "hotpath.status";
 const TOASTS = "HotPath.Toasts";
@@ -9,27 +10,28 @@ const WITH_PANEL = /^HotPath(Compile(?!Report)|Quantize|Offload|Benchmark|WarmUp
 const WIDGET = "hotpath_status";
 const GAP = 40;
 const SECOND = (value) => (value < 0.995 ? `${Math.max(1, Math.round(value * 1000))} ms` : `${value.toFixed(1)} s`);
+// In the order in which they are shown; what they are called is in texts.js.
 const FACTS = {
-  region: ["Region"],
-  blocks: ["Blocks"],
-  ran: ["Ran"],
-  graphs: ["Graphs"],
-  compile_seconds: ["Compiling took", SECOND],
-  load_seconds: ["Loading took", SECOND],
-  step_seconds: ["Last step", SECOND],
-  eager_step_seconds: ["Eager step", SECOND],
-  gain: ["Gain", (value) => `${value.toFixed(2)} times as fast`],
+  region: String,
+  blocks: String,
+  ran: String,
+  graphs: String,
+  compile_seconds: SECOND,
+  load_seconds: SECOND,
+  step_seconds: SECOND,
+  eager_step_seconds: SECOND,
+  gain: (value) => text("times_as_fast", value.toFixed(2)),
 };
-const STATES = {
-  idle: ["○", "Not run yet"],
-  working: ["◐", "Working"],
-  compiling: ["◐", "Compiling"],
-  compiled: ["●", "Compiled"],
-  recompiled: ["●", "Compiled again"],
-  eager: ["▲", "Runs eager"],
-  skipped: ["○", "Blocks did not run"],
-  stopped: ["■", "Stopped"],
-  done: ["●", "Done"],
+const SIGNS = {
+  idle: "○",
+  working: "◐",
+  compiling: "◐",
+  compiled: "●",
+  recompiled: "●",
+  eager: "▲",
+  skipped: "○",
+  stopped: "■",
+  done: "●",
 };
 const IDLE = { state: "idle", text: "", time: 0, facts: {}, reasons: [] };
 const STYLE = `
@@ -134,18 +136,20 @@ function addPanel(node) {
     clock.textContent = `${Math.floor((performance.now() - started) / 1000)} s`;
   };
   const show = (status) => {
-    const [mark, name] = STATES[status.state] ?? STATES.done;
-    const title = status.state === "eager" && status.facts.blocks ? "Partly eager" : name;
+    const state = status.state in SIGNS ? status.state : "done";
+    const title = text(state === "eager" && status.facts.blocks ? "partly_eager" : state);
     element.dataset.state = status.state;
     element.title = status.text;
-    sign.textContent = mark;
+    sign.textContent = SIGNS[state];
     if (label.textContent !== title) label.textContent = title;
     facts.replaceChildren(
       ...Object.entries(FACTS)
         .filter(([fact]) => fact in status.facts)
-        .flatMap(([fact, [what, format = String]]) => [make("dt", what), make("dd", format(status.facts[fact]))]),
+        .flatMap(([fact, format]) => [make("dt", text(fact)), make("dd", format(status.facts[fact]))]),
     );
-    const reasons = status.reasons.map(({ reason, advice }) => (advice ? `${reason}. Avoid it: ${advice}.` : reason));
+    const reasons = status.reasons.map(({ reason, advice }) =>
+      advice ? `${reason}. ${text("avoid", advice)}.` : reason,
+    );
     if (!facts.childElementCount && !reasons.length && status.text) reasons.push(status.text);
     lines.replaceChildren(...reasons.map((line) => make("p", line)));
     clearInterval(ticking);
@@ -180,7 +184,7 @@ function toast(status) {
   if (!unknown.length) return;
   for (const each of unknown) told.add(key(each));
   const detail = unknown.map(({ reason }) => reason).join("\n");
-  app.extensionManager.toast.add({ severity: "warn", summary: "HotPath: runs eager", detail, life: 10000 });
+  app.extensionManager.toast.add({ severity: "warn", summary: text("toast"), detail, life: 10000 });
 }
 
 /** Show what the host last told of this workflow's nodes: to a page that was not there, or not connected, then. */
@@ -211,17 +215,19 @@ async function explain(node) {
   const lines = answers.flatMap((answer) => answer.lines);
   const terms = Object.assign({}, ...answers.map((answer) => answer.terms));
   const dialog = make("dialog", "", make("style", STYLE), make("h2", node.title));
-  dialog.append(...(lines.length ? lines : ["It has done nothing yet. Queue a prompt."]).map((line) => make("p", line)));
+  dialog.append(...(lines.length ? lines : [text("nothing")]).map((line) => make("p", line)));
   if (Object.keys(terms).length) {
     const list = make("dl");
-    for (const [term, meaning] of Object.entries(terms)) list.append(make("dt", term), make("dd", meaning));
-    dialog.append(make("h3", "What that means"), list);
+    for (const [term, meaning] of Object.entries(terms)) {
+      list.append(make("dt", term), make("dd", meaningOf(term) ?? meaning));
+    }
+    dialog.append(make("h3", text("meaning")), list);
   }
-  const close = make("button", "Close");
+  const close = make("button", text("close"));
   close.onclick = () => dialog.close();
   dialog.append(close);
   dialog.className = "hotpath-report";
-  dialog.setAttribute("aria-label", `Report of ${node.title}`);
+  dialog.setAttribute("aria-label", text("report_of", node.title));
   dialog.onclose = () => dialog.remove();
   // The host would take Escape from it, and Delete for the selected nodes.
   dialog.onkeydown = (event) => {
@@ -262,7 +268,7 @@ function compileBlocks(node, slot) {
 }
 
 function compileItem(node, slot) {
-  return { content: "Compile this model's blocks", callback: () => compileBlocks(node, slot) };
+  return { content: text("compile_blocks"), callback: () => compileBlocks(node, slot) };
 }
 
 function isModel(slot) {
@@ -274,7 +280,7 @@ function menuItems(node) {
   const slot = (node.outputs ?? []).findIndex(isModel);
   if (slot >= 0 && node.comfyClass !== COMPILE) items.push(compileItem(node, slot));
   if (node.comfyClass?.startsWith("HotPath")) {
-    items.push({ content: "Explain this report", callback: () => explain(node) });
+    items.push({ content: text("explain"), callback: () => explain(node) });
   }
   return items;
 }
@@ -300,6 +306,7 @@ app.registerExtension({
       defaultValue: true,
     },
   ],
+  init: loadTexts,
   setup() {
     api.addEventListener(EVENT, ({ detail }) => {
       toast(detail);
@@ -307,6 +314,12 @@ app.registerExtension({
       for (const [node, id] of nodesWithIds()) if (id === detail.node) node.hotpathShow?.(detail);
     });
     api.addEventListener("reconnected", restore);
+    app.ui.settings.addEventListener("Comfy.Locale.change", () => {
+      // The host tells of a change before it makes it.
+      queueMicrotask(() => {
+        for (const [node] of nodesWithIds()) node.hotpathShow?.(node.hotpathStatus);
+      });
+    });
   },
   nodeCreated(node) {
     if (WITH_PANEL.test(node.comfyClass ?? "")) addPanel(node);

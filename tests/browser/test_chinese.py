@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from hotpath_pack.devtools.browser import canvas
+from hotpath_pack.devtools.browser import PANEL, canvas
 from hotpath_pack.devtools.locales import LOCALES, NODE_DEFS
 from hotpath_pack.devtools.server import ROOT
 from hotpath_pack.devtools.workflows import sampling
@@ -11,6 +11,15 @@ from hotpath_pack.devtools.workflows import sampling
 OFFLOAD = "HotPathOffloadRepeatedBlocks"
 NODE = json.loads((LOCALES / "zh" / NODE_DEFS).read_text(encoding="utf-8"))[OFFLOAD]
 SETTING = json.loads((LOCALES / "zh" / "settings.json").read_text(encoding="utf-8"))["HotPath_Toasts"]
+TEXTS = json.loads((LOCALES / "zh" / "main.json").read_text(encoding="utf-8"))["HotPath"]
+FRENCH = json.loads((LOCALES / "fr" / "main.json").read_text(encoding="utf-8"))["HotPath"]
+# As the host tells it when blocks run eager.
+EAGER = """
+node => window.app.api.dispatchEvent(new CustomEvent("hotpath.status", { detail: {
+    workflow: window.app.graph.id, node: String(node), state: "eager", text: "", time: 1, facts: { gain: 2 },
+    reasons: [{ reason: "a reason", advice: "an advice" }],
+} }))
+"""
 # Title of a node, and the name of a widget and where on the page it is.
 WIDGET = """
 ([id, name]) => {
@@ -62,3 +71,18 @@ def test_a_node_its_tooltips_its_help_and_the_setting_are_in_chinese(page, live,
     shown.evaluate("window.app.extensionManager.command.execute('Comfy.ShowSettingsDialog')")
     shown.get_by_text("HotPath", exact=True).last.click()
     shown.locator("[data-setting-id='HotPath.Toasts']").get_by_text(SETTING["name"]).wait_for()
+
+
+def test_the_panel_the_message_and_the_menu_are_in_chinese_and_the_panel_in_what_is_chosen_next(page, live):
+    shown = page.page
+    offload = page.load(sampling(live.checkpoint, live.flux, offload={}), {"offload": (200, 120)})["offload"]
+    panel = shown.locator(PANEL)
+    panel.get_by_text(TEXTS["idle"], exact=True).wait_for()
+    shown.evaluate(EAGER, offload)
+    panel.get_by_text(TEXTS["times_as_fast"].replace("...", "2.00"), exact=True).wait_for()
+    assert f"a reason. {TEXTS['avoid'].replace('...', 'an advice')}." in panel.inner_text()
+    shown.get_by_text(TEXTS["toast"], exact=True).wait_for()
+    entries = page.menu(page.place(offload))
+    assert {TEXTS["compile_blocks"], TEXTS["explain"]} <= {entry.strip() for entry in entries}
+    shown.evaluate("window.app.extensionManager.setting.set('Comfy.Locale', 'fr')")
+    panel.get_by_text(FRENCH["eager"], exact=True).wait_for()

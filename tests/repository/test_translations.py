@@ -87,6 +87,28 @@ def test_the_settings_are_translated(language):
     assert set(read(language, "main")["settingsCategories"]) == categories
 
 
+@pytest.mark.parametrize("language", TRANSLATIONS)
+def test_what_the_canvas_says_is_translated(language):
+    script = (ROOT / "js" / "texts.js").read_text(encoding="utf-8")
+    english = dict(re.findall(r'^  (\w+): "(.*)",$', script, re.MULTILINE))
+    report = (ROOT / "host" / "telling" / "report.py").read_text(encoding="utf-8")
+    meanings = next(
+        node.value
+        for node in ast.parse(report).body
+        if isinstance(node, ast.Assign) and [target.id for target in node.targets] == ["_TERMS"]
+    )
+    said = {term: text for term, (_, text) in ast.literal_eval(meanings).items()}
+    texts = dict(read(language, "main")["HotPath"])
+    terms = texts.pop("terms")
+    assert set(texts) == set(english) and set(terms) == set(said)
+    for key, text in {**texts, **terms}.items():
+        # A gain is one in French, too.
+        assert text.strip() and (key == "gain" or text != english.get(key)), key
+        assert text.count("...") == english.get(key, "").count("..."), key
+    keys = set(re.findall(r'\btext\("(\w+)"', (ROOT / "js" / "hotpath.js").read_text(encoding="utf-8")))
+    assert keys <= set(english), "a key without a text"
+
+
 @pytest.mark.parametrize("node_id", ENGLISH)
 def test_the_help_page_explains_each_input(node_id):
     page = help_page(node_id)

@@ -23,7 +23,7 @@ def test_it_has_all_nodes_their_help_and_the_panel(installed):
     pages = {page.stem: page for page in (dev.ROOT / "js" / "docs").glob("HotPath*.md")}
     assert nodes == pages.keys()
     scripts = [path for path in installed.server.get("/extensions") if FOLDER in path]
-    assert scripts == [f"/extensions/{FOLDER}/hotpath.js"]
+    assert sorted(scripts) == [f"/extensions/{FOLDER}/{script}" for script in ("hotpath.js", "texts.js")]
     for path in (*scripts, *(f"/extensions/{FOLDER}/docs/{node}.md" for node in nodes)):
         served = requests.get(installed.server.url + path, timeout=60)
         assert served.content == (dev.ROOT / "js" / path.partition(f"{FOLDER}/")[2]).read_bytes()
