@@ -73,6 +73,7 @@ def test_a_node_its_tooltips_its_help_and_the_setting_are_in_chinese(page, live,
     shown.locator("[data-setting-id='HotPath.Toasts']").get_by_text(SETTING["name"]).wait_for()
 
 
+@pytest.mark.sweep(keep=["classic"])
 def test_the_panel_the_message_and_the_menu_are_in_chinese_and_the_panel_in_what_is_chosen_next(page, live):
     shown = page.page
     offload = page.load(sampling(live.checkpoint, live.flux, offload={}), {"offload": (200, 120)})["offload"]
