@@ -6,6 +6,7 @@ from hotpath_pack.hotpath import graphs, plain_forms
 from hotpath_pack.hotpath.artifacts import FIRST_TIME, Kept, Store, environment
 from hotpath_pack.hotpath.compiled import CompileSettings, Region
 from torch import nn
+from torch.nn import Linear
 
 needs_ahead = pytest.mark.skipif(not graphs.supported(), reason="needs PyTorch 2.11")
 CALLS = []
@@ -25,7 +26,7 @@ def _(x, scale, shift, eps):
 class Block(nn.Module):
     def __init__(self):
         super().__init__()
-        self.linear = nn.Linear(8, 8, device="meta")
+        self.linear = Linear(8, 8, device="meta")
 
     def forward(self, x, scale, shift):
         return self.linear(torch.ops.hotpath_test.adaln(x, scale, shift, eps=1e-6)) + adaln(x, shift, scale, 1e-6)

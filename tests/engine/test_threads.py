@@ -10,6 +10,7 @@ from hotpath_pack.hotpath.compiled import Region
 from hotpath_pack.hotpath.counters import graphs_so_far
 from hotpath_pack.hotpath.settings import CompileSettings
 from torch import nn
+from torch.nn import Linear
 
 ROUNDS = 20
 
@@ -19,7 +20,7 @@ class Block(nn.Module):
 
     def __init__(self, width):
         super().__init__()
-        self.linear = nn.Linear(width, width, device="meta")
+        self.linear = Linear(width, width, device="meta")
 
     def forward(self, x):
         x += self.linear(x)

@@ -222,8 +222,9 @@ class Refusing(Kept):
 @settings(max_examples=5, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_a_store_that_fails_costs_what_is_kept_and_no_more(tmp_path, error):
     from torch import nn
+    from torch.nn import Linear
 
-    template = nn.Linear(4, 4, device="meta")
+    template = Linear(4, 4, device="meta")
     region = Region(
         "a", template, lambda inputs: inputs, engine.CompileSettings(backend="eager"), kept=Refusing(tmp_path, error)
     )
