@@ -23,6 +23,17 @@ def plain_tensor(value: Tensor) -> Tensor:
     return twin.set_(value)
 
 
+def plainly_strided(value: Tensor) -> Tensor:
+    """``value``, a tensor of three dimensions, with the usual strides where it is contiguous.
+
+    Of a dimension of one the stride may be any number, as in a slice of a longer tensor of batch 1, and Dynamo guards
+    on it all the same.
+    """
+    _, rows, columns = value.shape
+    usual = (rows * columns, columns, 1)
+    return value if value.stride() == usual or not value.is_contiguous() else value.as_strided(value.shape, usual)
+
+
 def tensors_in(value: Any) -> list[Tensor]:
     """All tensors in a nest of mappings, lists, tuples and dataclasses."""
     if isinstance(value, Tensor):

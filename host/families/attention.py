@@ -8,6 +8,7 @@ from typing import Any
 import comfy.ldm.modules.attention
 import comfy.model_management
 import torch
+from comfy.model_patcher import ModelPatcher
 from torch import Tensor
 
 from ...hotpath.attention import Attend, cudnn_attention, opaque_attention
@@ -25,6 +26,29 @@ _KNOWN = {
 }
 # The slices of a call that asks for exact attention.
 _EXACT = [3]
+# From ComfyUI 0.32 on, for its node Model Attention Backend.
+_CHOOSE = getattr(ModelPatcher, "set_model_optimized_attention", None)
+
+
+def is_overridden(options: Mapping[str, Any]) -> bool:
+    """Whether attention under these options may compute anything else than the host's by default.
+
+    PyTorch's attention is what the host runs by default wherever a block is traced, so that it overrides nothing where
+    the host's own node chose it.
+    """
+    if "optimized_attention_override" not in options:
+        return False
+    override = options["optimized_attention_override"]
+    return _chosen_by_host(override) is not comfy.ldm.modules.attention.attention_pytorch
+
+
+def _chosen_by_host(override: Any) -> Any:
+    """The attention function that the host's own override hands each call on to; None for any other override."""
+    code = getattr(override, "__code__", None)
+    if code is None or _CHOOSE is None or code not in _CHOOSE.__code__.co_consts:
+        return None
+    hands_on = code.co_freevars == ("optimized_attention",) and not code.co_names and not any(code.co_consts)
+    return override.__closure__[0].cell_contents if hands_on else None
 
 
 def is_plain(attention: Any, options: Mapping[str, Any], patches: tuple[str, ...]) -> bool:
@@ -42,7 +66,7 @@ def is_plain(attention: Any, options: Mapping[str, Any], patches: tuple[str, ...
     known = options.get("patches", {})
     return (
         attention is comfy.ldm.modules.attention.attention_pytorch
-        and "optimized_attention_override" not in options
+        and not is_overridden(options)
         and not any(known.get(name) for name in patches)
     )
 

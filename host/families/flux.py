@@ -16,11 +16,15 @@ from torch import Tensor, nn
 from ...hotpath.attention import Attend, cudnn_attention, opaque_attention
 from ...hotpath.sizes import as_size, from_size
 from ...hotpath.template import NotHoistable
+from ...hotpath.values import plainly_strided
 from ..layers.containers import preferred_attention
+from .attention import is_overridden
 from .flux_fused import IN_HALVES, ROTATES, WITH_EPILOGUE
 from .kinds import BlockKind, Family, Interface, random_tensor
 
-_SPANS = ("modulation_dims", "modulation_dims_img", "modulation_dims_txt")
+_STREAMS = {"img", "txt", "x"}
+# Spans of tokens by the stream that they are of.
+_SPANS = {"modulation_dims": "x", "modulation_dims_img": "img", "modulation_dims_txt": "txt"}
 
 
 def modulations(block: nn.Module) -> dict[str, Any]:
@@ -80,7 +84,7 @@ def attention_for(options: Mapping[str, Any], block: nn.Module) -> Attend | None
         preferred is None
         and math.optimized_attention is comfy.ldm.modules.attention.attention_pytorch
         and math.apply_rope.__code__.co_filename == own_file
-        and "optimized_attention_override" not in options
+        and not is_overridden(options)
         and not patches.get("attn1_patch")
         and not patches.get("attn1_output_patch")
     ):
@@ -114,11 +118,20 @@ def _attend(
 
 
 def region_inputs(inputs: Mapping[str, Any], like: Tensor, dynamic: bool) -> dict[str, Any]:
-    """The block's arguments without its options, with token spans (Kontext's zero timestep) as sizes."""
+    """The block's arguments without its options, with token spans (Kontext's zero timestep) as sizes.
+
+    Where a node has cut a stream short, the host's spans go beyond it, which a graph would have a guard on.
+    """
     taken = {name: value for name, value in inputs.items() if name != "transformer_options"}
-    for name in _SPANS:
+    for name in _STREAMS & taken.keys():
+        taken[name] = plainly_strided(taken[name])
+    for name, stream in _SPANS.items():
         if taken.get(name):
-            taken[name] = [tuple(as_size(count, like, dynamic) for count in span) for span in taken[name]]
+            tokens = taken[stream].shape[1]
+            spans = [
+                (min(start, tokens), end if end is None else min(end, tokens), row) for start, end, row in taken[name]
+            ]
+            taken[name] = [tuple(as_size(count, like, dynamic) for count in span) for span in spans]
     return taken
 
 

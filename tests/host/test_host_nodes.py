@@ -5,9 +5,11 @@ import comfy.controlnet
 import comfy.hooks
 import comfy.ldm.flux.controlnet
 import comfy.ldm.flux.redux as redux
+import comfy.ldm.modules.attention as host_attention
 import comfy.ops
 import comfy.sd
 import comfy_extras.nodes_easycache as easycache
+import comfy_extras.nodes_flux as flux_nodes
 import comfy_extras.nodes_freelunch as freelunch
 import comfy_extras.nodes_model_advanced as advanced
 import comfy_extras.nodes_model_merging as merging
@@ -85,26 +87,58 @@ def test_before_and_after_the_compile_node(flux, change):
     assert_parity(flux, compiled(flux), **run)
 
 
+def choose_attention(model):
+    node = advanced.ModelAttentionBackend
+    # Of the older API before ComfyUI 0.36.
+    choose = node.execute if hasattr(node, "execute") else node().patch
+    return output(choose(model, "pytorch attention"))
+
+
 @pytest.mark.skipif(not hasattr(advanced, "ModelAttentionBackend"), reason="this ComfyUI has no such node")
 def test_the_attention_that_the_hosts_node_chooses(flux):
-    def chosen(model):
-        return output(advanced.ModelAttentionBackend().patch(model, "pytorch attention"))
-
-    model, calls = chosen(flux), []
-    attend = model.model_options["transformer_options"]["optimized_attention_override"]
+    model = choose_attention(flux)
     with Counting() as counting:
-        for fast in (compiled(model, backend="eager"), chosen(compiled(flux, backend="eager"))):
+        assert_parity(flux, compiled(flux, backend="eager"))
+        for fast in (compiled(model, backend="eager"), choose_attention(compiled(flux, backend="eager"))):
+            # PyTorch's own is traced, as without the node.
             assert_parity(model, fast)
             assert compiled_blocks(fast).eager == {}
     assert (counting.graphs, counting.breaks) == (2, 0)
 
-    def counted(*args, **kwargs):
-        calls.append(args)
-        return attend(*args, **kwargs)
+    calls = []
 
-    model.model_options["transformer_options"]["optimized_attention_override"] = counted
+    @host_attention.wrap_attn
+    def counted(q, *args, **kwargs):
+        calls.append(q.shape)
+        return host_attention.attention_pytorch(q * 0.3, *args, **kwargs)
+
+    model = flux.clone()
+    model.set_model_optimized_attention(counted)
+    assert (sample(model) - sample(flux)).abs().max() > 1e-3
+    assert_parity(model, compiled(model, backend="eager"))
+    calls.clear()
     sample(compiled(model, backend="eager"), steps=1)
     assert len(calls) == 5, "once a block"
+
+
+@pytest.mark.skipif(not hasattr(flux_nodes, "FluxKVCache"), reason="this ComfyUI has no such node")
+def test_keys_and_values_of_a_reference_that_are_kept_after_the_first_step():
+    def cached(model):
+        return output(flux_nodes.FluxKVCache.execute(model))
+
+    model = load(checkpoints.flux2(1, 2))
+    reference = torch.randn(1, 128, 3, 2, generator=torch.Generator().manual_seed(4))
+    run = dict(reference_latents=[reference])
+    without = sample(model, reference_latents_method="index_timestep_zero", **run)
+    assert (sample(cached(model), **run) - without).abs().max() > 1e-3, "the node does nothing"
+    with Counting() as counting, torch._dynamo.config.patch(error_on_recompile=True):
+        for fast, size in (
+            (compiled(cached(model), backend="eager"), {}),
+            (cached(compiled(model, backend="eager")), {"width": 96}),
+        ):
+            assert_parity(cached(model), fast, **size, **run)
+            assert compiled_blocks(fast).eager == {}
+    assert (counting.graphs, counting.breaks) == (2, 0)
 
 
 def style_model(flux, strength, kind):
