@@ -33,6 +33,7 @@ from .fingerprint import (
     traced_places,
 )
 from .limits import compiling
+from .values import tensors_in
 
 # The oldest whose ahead-of-time functions hold what is needed here.
 OLDEST_TORCH = (2, 11)
@@ -184,6 +185,10 @@ def load_graph(data: bytes, function: FunctionType, closure: Mapping[str, Any], 
             source for source in guards.output_graph.guard_on_key_order if get_local_source_name(source) not in closure
         ]
         guards.output_graph.guard_on_key_order = type(guards.output_graph.guard_on_key_order)(order)
+        # Newer PyTorch takes a tensor with a dimension marked for one of another kind, unless it was when it compiled,
+        # which is not kept. A mark changes nothing of what a graph that is there computes.
+        for tensor in tensors_in(guards.output_graph.local_scope):
+            torch._dynamo.maybe_mark_dynamic(tensor, list(range(tensor.ndim)))
         state["guard_manager"] = load_guard_manager(guards, state["original_code"], function.__globals__)
         made = AOTCompiledFunction(CompileArtifacts(**state), _extra_globals=function.__globals__)
     except NotAhead:
