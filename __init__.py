@@ -13,6 +13,7 @@ from .nodes.offload_repeated_blocks import OffloadRepeatedBlocks
 from .nodes.quantize_repeated_blocks import QuantizeRepeatedBlocks
 from .nodes.save_as_diffusers_flux import SaveAsDiffusersFlux
 from .nodes.save_compiled_blocks import SaveCompiledBlocks
+from .nodes.split_repeated_blocks import SplitRepeatedBlocks
 from .nodes.warm_up import WarmUp
 
 WEB_DIRECTORY = "./js"
@@ -35,6 +36,7 @@ class HotPathExtension(ComfyExtension):
             LoadCompiledBlocks,
             LoadDiffusersFlux,
             SaveAsDiffusersFlux,
+            SplitRepeatedBlocks,
         ]
 
 

@@ -25,6 +25,7 @@ from torch.func import functional_call
 from .artifacts import Kept, NotKept
 from .counters import breaks_since, breaks_so_far, graphs_so_far, guard_failures, why_compiled_again
 from .failures import RegionFailed, Uncompiled, belongs_to_host, failure_of, reason_of, went_through
+from .first_run import first_run
 from .graphs import Graph, compile_graph, load_graph
 from .inductor import forget_compiler, may_lack_instructions, region_options, trust_compiler
 from .limits import compiling
@@ -233,10 +234,12 @@ class Region:
         with suppress(Uncompiled):
             return self._run_proven(weights, inputs, dynamic_dims), NO_COST
         # Not before, since another thread's compiling may take long.
-        with self._compiling():
-            with suppress(Uncompiled):
-                return self._run_proven(weights, inputs, dynamic_dims), NO_COST
-            return self._run_new(weights, inputs, before_compiling)
+        with self._compiling(), first_run(inputs) as first:
+            try:
+                out, cost = self._run_proven(weights, inputs, dynamic_dims), NO_COST
+            except Uncompiled:
+                out, cost = self._run_new(weights, inputs, before_compiling)
+        return (self._run_proven(weights, inputs, dynamic_dims) if first.again() else out), cost
 
     def _run_proven(
         self, weights: dict[str, Tensor], inputs: dict[str, Any], dynamic_dims: Mapping[str, Sequence[int]]
@@ -379,8 +382,7 @@ class Region:
         return made, facts
 
     def _keep(self, made: Graph, facts: Mapping[str, str]) -> None:
-        kept = self.kept
-        if kept is None:
+        if (kept := self.kept) is None:
             return
         try:
             with compiling():

@@ -29,7 +29,7 @@ from ..families.kinds import BlockKind
 from ..measuring.eager_steps import step_kind
 from ..models import WHOLE_MODEL, compiled_by_another, is_compiled, require_model, to_device
 from ..residency.weights import block_weights, in_place
-from ..telling.accounting import CallAccount, block_name, routed, untouched
+from ..telling.accounting import CallAccount, Route, block_name, routed, untouched
 from ..telling.ledger import Ledger
 from ..telling.progress import NodeText
 from .artifacts import kept_region, require_kept, unsupported
@@ -227,7 +227,7 @@ class CompiledBlocks(Ledger):
                     continue
                 if not self.regions:
                     self.plans.ahead(kind, block)
-                runs[block] = functools.partial(self._run_block, call, kind, index, block)
+                runs[block] = Route(self._run_block, call, kind, index, block)
         with routed(runs):
             yield
 
@@ -292,7 +292,7 @@ class CompiledBlocks(Ledger):
                 scope.enter_context(in_place(layers, activation))
                 weights = block_weights(layers, activation)
                 bind = kind.interface.bind_for(attend, activation)
-                like = plan.key, bind, torch.is_inference_mode_enabled()
+                like = plan.key, bind, torch.is_inference_mode_enabled(), activation.device
                 region = call.regions.get(like)
                 # For whatever else is in the key of a region its graphs have guards.
                 graph = None if region is None else region.proven_graph(weights, taken)

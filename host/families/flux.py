@@ -20,7 +20,7 @@ from ...hotpath.values import plainly_strided
 from ..layers.containers import preferred_attention
 from .attention import is_overridden
 from .flux_fused import IN_HALVES, ROTATES, WITH_EPILOGUE
-from .kinds import BlockKind, Family, Interface, random_tensor
+from .kinds import BlockKind, Family, Interface, SharedForward, random_tensor
 
 _STREAMS = {"img", "txt", "x"}
 # Spans of tokens by the stream that they are of.
@@ -216,6 +216,21 @@ def conditioning(diffusion_model: Any, tokens: int) -> tuple[Tensor, dict[str, A
     return random_tensor(1, tokens, params.context_in_dim), {"guidance": 3.5, **pooled}
 
 
+def refuse_shares(arguments: Mapping[str, Any], options: Mapping[str, Any]) -> str:
+    """Why ``forward_orig`` can't run on shares of these tokens; empty where it can."""
+    if any(options.get("patches", {}).values()) or options.get("patches_replace", {}).get("dit"):
+        return "a patch of another node reads the tokens of the whole image"
+    if "optimized_attention_override" in options:
+        return "another node puts an attention of its own in place of the host's"
+    layers, math = comfy.ldm.flux.layers, comfy.ldm.flux.math
+    if layers.attention is not math.attention or not hasattr(math.optimized_attention, "__wrapped__"):
+        return "the host's attention was replaced"
+    if arguments.get("timestep_zero_index") is not None:
+        # A share that begins in a reference would take its text for one, too.
+        return "references are given at timestep zero"
+    return ""
+
+
 _INTERFACE = Interface(attention_for, bind_for, region_inputs, token_dims, vector="vec")
 KINDS = tuple(
     BlockKind(name, f"{name}_blocks", block, activation, streams, _INTERFACE, f"{name}_blocks")
@@ -237,4 +252,12 @@ FLUX = Family(
     vector_layers=vector_layers,
     modulations=modulations,
     conditioning_vector=conditioning_vector,
+    shared=SharedForward(
+        name="forward_orig",
+        classes=("comfy.ldm.flux.model.Flux", "comfy.ldm.chroma.model.Chroma"),
+        streams=(("txt", "txt_ids"), ("img", "img_ids")),
+        mask="attn_mask",
+        control="control",
+        refuse=refuse_shares,
+    ),
 )

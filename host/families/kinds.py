@@ -92,6 +92,33 @@ class BlockKind:
 
 
 @dataclass(frozen=True)
+class SharedForward:
+    """The method of a diffusion model that has its tokens as sequences and computes them one by one but for attention,
+    so that several devices can each run it on some of the tokens.
+
+    Attributes:
+        name: of the method.
+        classes: those of the family's diffusion models whose method it is, by module and name.
+        streams: arguments (batch, tokens, ...) of each stream of tokens, streams in their order at attention. What it
+            returns is (batch, tokens, ...) of the last one.
+        mask: the argument (..., query tokens, key tokens) over all streams.
+        control: the argument that has lists of tensors (batch, tokens, ...) for the last stream.
+        refuse: (arguments, options) -> why this very call can't be shared out, or nothing.
+    """
+
+    name: str
+    classes: tuple[str, ...]
+    streams: tuple[tuple[str, ...], ...]
+    mask: str
+    control: str
+    refuse: Callable[[Mapping[str, Any], Mapping[str, Any]], str]
+
+    def of(self, diffusion_model: nn.Module) -> bool:
+        """Whether this is the method of ``diffusion_model``."""
+        return class_name(type(diffusion_model)) in self.classes
+
+
+@dataclass(frozen=True)
 class Family:
     """Models whose blocks are of the same kinds.
 
@@ -108,6 +135,7 @@ class Family:
             ``lin``; none where all blocks share theirs or have none.
         conditioning_vector: (diffusion model, timesteps, conditioning, dtype) -> the vector that the host gives the
             blocks of this family at these timesteps (batch,); only for those that have ``modulations``.
+        shared: how its tokens can be shared out over several devices; None where that is not known.
     """
 
     name: str
@@ -118,6 +146,7 @@ class Family:
     vector_layers: Callable[[nn.Module], Mapping[str, nn.Module]]
     modulations: Callable[[nn.Module], dict[str, Any]] = lambda block: {}
     conditioning_vector: Callable[[Any, Tensor, Mapping[str, Any], torch.dtype], Tensor] | None = None
+    shared: SharedForward | None = None
 
     def has(self, diffusion_model: nn.Module) -> bool:
         """Whether ``diffusion_model`` is of this family."""

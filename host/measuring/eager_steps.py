@@ -13,7 +13,7 @@ from comfy.patcher_extension import WrapperExecutor
 from torch import Tensor, nn
 
 from ..families import named_blocks
-from ..telling.accounting import has_own_forward, routed, untouched
+from ..telling.accounting import Route, has_own_forward, routed, untouched
 from ..telling.progress import StepClock
 
 # By model, which is the same for clones with other patches.
@@ -62,7 +62,7 @@ def _noting(diffusion_model: nn.Module, missing: set[nn.Module]) -> AbstractCont
 
     blocks = [block for _, block in named_blocks(diffusion_model) if not has_own_forward(block)]
     missing.update(blocks)
-    return routed({block: partial(run, block) for block in blocks})
+    return routed({block: Route(run, block) for block in blocks})
 
 
 def step_kind(model: BaseModel, x: Tensor, c_crossattn: Tensor | None) -> Hashable:

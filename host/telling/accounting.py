@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
@@ -103,6 +104,20 @@ def _who(options: Mapping[str, Any]) -> str:
     wrappers = options.get("wrappers", {}).get(WrappersMP.DIFFUSION_MODEL, {})
     names = sorted(str(key) for key, functions in wrappers.items() if functions and key)
     return f" ({', '.join(names)})" if names else ""
+
+
+class Route(functools.partial[Any]):
+    """How a block runs instead of by its forward; the block is the last of the arguments."""
+
+    def to(self, block: nn.Module) -> Route:
+        """The same for the same block of another clone of the model."""
+        return Route(self.func, *self.args[:-1], block, **self.keywords)
+
+
+def routes_to(others: Mapping[nn.Module, nn.Module]) -> dict[nn.Module, Route]:
+    """For each block that is routed now, the route of the block of another clone that ``others`` has for it."""
+    routes = {block: block.__dict__.get("forward") for block in others}
+    return {others[block]: route.to(others[block]) for block, route in routes.items() if isinstance(route, Route)}
 
 
 @contextmanager

@@ -1,0 +1,67 @@
+"""Code that runs for the first time, which it does while no other thread may compile, and attention that waits for
+other threads. The two together would wait for ever, so what runs first waits for nobody, and runs again after.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from .values import Copies
+
+
+class _Current(threading.local):
+    def __init__(self) -> None:
+        self.waits = False
+        self.run: FirstRun | None = None
+
+
+_current = _Current()
+
+
+class FirstRun:
+    """A run under the lock of compiling; ``inputs`` are what it may write over."""
+
+    def __init__(self, inputs: Mapping[str, Any]) -> None:
+        self._copies = Copies(inputs) if _current.waits else None
+        self._stood_in = False
+
+    def again(self) -> bool:
+        """Whether something stood in for what other threads give, so that the result is of no use. Then the inputs are
+        put back."""
+        if self._stood_in and self._copies is not None:
+            self._copies.restore()
+        return self._stood_in
+
+    def stand_in(self) -> bool:
+        """Whether something may stand in for what other threads give."""
+        self._stood_in = self._stood_in or self._copies is not None
+        return self._stood_in
+
+
+@contextmanager
+def waiting_for_others() -> Iterator[None]:
+    """A scope in which attention on this thread waits for other threads."""
+    before, _current.waits = _current.waits, True
+    try:
+        yield
+    finally:
+        _current.waits = before
+
+
+@contextmanager
+def first_run(inputs: Mapping[str, Any]) -> Iterator[FirstRun]:
+    """A scope in which code runs under the lock of compiling."""
+    before, _current.run = _current.run, FirstRun(inputs)
+    try:
+        yield _current.run
+    finally:
+        _current.run = before
+
+
+def stands_in() -> bool:
+    """Whether attention that runs now on this thread must not wait for others: anything of its shape and dtype does, as
+    the block runs again when it has."""
+    return _current.run is not None and _current.run.stand_in()

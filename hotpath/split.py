@@ -1,0 +1,252 @@
+"""One forward over a sequence of tokens, shared out over several devices of this process.
+
+Each device has the weights and computes its share of each stream of tokens, all at the same time, each from a thread of
+its own. All but attention is by token; at attention each device gives its keys and values and gets the others', so
+that each of its tokens sees the whole sequence (sequence parallelism with gathered keys and values, as in Megatron's
+context parallelism). What moves is two tensors (batch, heads, tokens of the share, head dim) a block to each other
+device. Between blocks nothing is gathered.
+
+Copies between CUDA devices are peer copies on streams of their own. NCCL would want a process or a communicator a
+device, and gains nothing on what two to eight cards of one host give each other once a block.
+"""
+
+from __future__ import annotations
+
+import itertools
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .first_run import waiting_for_others
+
+# A dimension of one is a structure of its own to a compiler, and none is no part of a sequence.
+FEWEST_TOKENS = 2
+
+
+class NotShared(ValueError):
+    """What can't be shared out over devices, with why."""
+
+
+class Abandoned(RuntimeError):
+    """Another device ended before it gave what this one waits for."""
+
+
+class DeviceFailed(RuntimeError):
+    """A device could not compute its share. The cause is the error behind it."""
+
+    def __init__(self, device: torch.device, error: BaseException) -> None:
+        said = next(iter(str(error).splitlines()), "")
+        super().__init__(f"{device} failed: {said or type(error).__name__}")
+        self.device = device
+
+
+def shares(tokens: int, parts: int) -> list[slice]:
+    """``tokens`` in ``parts`` ranges, in order, whose lengths differ by one at most.
+
+    Raises:
+        NotShared: a range would have less than ``FEWEST_TOKENS``.
+    """
+    if tokens < FEWEST_TOKENS * parts:
+        raise NotShared(f"{tokens} tokens are too few to be shared out over {parts} devices")
+    ends = [tokens * part // parts for part in range(parts + 1)]
+    return [slice(start, end) for start, end in itertools.pairwise(ends)]
+
+
+def places_of(streams: Sequence[Sequence[slice]]) -> list[list[slice]]:
+    """Where the tokens of each device lie in the whole sequence.
+
+    Args:
+        streams: of each stream, in the order in which they are in the sequence, its ``shares``.
+
+    Returns:
+        For each device its ranges of the sequence, one a stream. In this order, one device after the other, are the
+        keys and values that ``Exchange.gather`` gives.
+    """
+    found: list[list[slice]] = [[] for _ in streams[0]]
+    offset = 0
+    for stream in streams:
+        for place, share in enumerate(stream):
+            found[place].append(slice(offset + share.start, offset + share.stop))
+        offset += stream[-1].stop
+    return found
+
+
+def share_of_mask(mask: Tensor, places: Sequence[Sequence[slice]], place: int) -> Tensor:
+    """The rows of ``mask`` (..., query tokens, key tokens) for the queries of one device, its columns in the order in
+    which that device gets the keys. A dimension of 1, which is the same for all tokens, stays.
+
+    Raises:
+        NotShared: the mask is of another number of tokens.
+    """
+    total = places[-1][-1].stop
+    for dim, ranges in ((-2, places[place]), (-1, [each for others in places for each in others])):
+        if mask.ndim < 2 or mask.shape[dim] not in (1, total):
+            raise NotShared(f"a mask of {tuple(mask.shape)} is not one of {total} tokens")
+        if mask.shape[dim] == total:
+            mask = torch.cat([mask.narrow(dim, each.start, each.stop - each.start) for each in ranges], dim)
+    return mask
+
+
+class Given(NamedTuple):
+    """Tensors of one device, and on CUDA the event after which they are complete."""
+
+    tensors: tuple[Tensor, ...]
+    complete: torch.cuda.Event | None
+
+
+def give(tensors: Sequence[Tensor]) -> Given:
+    """What the current stream of the device of ``tensors`` computes, for another device to ``take``."""
+    complete = None
+    if tensors and tensors[0].is_cuda:
+        complete = torch.cuda.Event()
+        complete.record(torch.cuda.current_stream(tensors[0].device))
+    return Given(tuple(tensors), complete)
+
+
+class PeerCopies:
+    """Copies to ``device`` from others, on streams of their own, so that both devices compute meanwhile."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._streams: dict[torch.device, torch.cuda.Stream] = {}
+
+    def take(self, given: Given) -> tuple[Tensor, ...]:
+        """``given`` on this device, complete for what its current stream runs next."""
+        source = given.tensors[0].device if given.tensors else self._device
+        if source == self._device or given.complete is None:
+            return tuple(tensor.to(self._device) for tensor in given.tensors)
+        current = torch.cuda.current_stream(self._device)
+        # PyTorch copies on the current stream of the source and has that of the target wait for it.
+        leaving, arriving = self._stream(source), self._stream(self._device)
+        leaving.wait_event(given.complete)
+        with torch.cuda.stream(leaving), torch.cuda.stream(arriving):
+            taken = tuple(tensor.to(self._device, non_blocking=True) for tensor in given.tensors)
+        current.wait_stream(arriving)
+        for tensor, copy in zip(given.tensors, taken, strict=True):
+            tensor.record_stream(leaving)
+            copy.record_stream(current)
+        return taken
+
+    def _stream(self, device: torch.device) -> torch.cuda.Stream:
+        if device not in self._streams:
+            self._streams[device] = torch.cuda.Stream(device)
+        return self._streams[device]
+
+
+class Exchange:
+    """Where the devices of one forward meet, which all gather equally often. Nobody waits for one that has left."""
+
+    def __init__(self, copies: Sequence[PeerCopies]) -> None:
+        self._copies = copies
+        self._turns = [0] * len(copies)
+        self._given: dict[int, dict[int, Given]] = {}
+        self._left: set[int] = set()
+        self._changed = threading.Condition()
+
+    def gather(self, place: int, tensors: Sequence[Tensor]) -> list[tuple[Tensor, ...]]:
+        """Give ``tensors`` of the device at ``place``, and get those of all devices, in order, on this one.
+
+        Raises:
+            Abandoned: a device that has not given left.
+        """
+        mine = give(tensors)
+        with self._changed:
+            turn = self._turns[place]
+            self._turns[place] += 1
+            given = self._given.setdefault(turn, {})
+            given[place] = mine
+            self._changed.notify_all()
+            everyone = len(self._copies)
+            self._changed.wait_for(lambda: len(given) == everyone or self._left - given.keys())
+            if len(given) < everyone:
+                raise Abandoned("another device ended before this one")
+            self._given.pop(turn, None)
+        take = self._copies[place].take
+        return [tuple(tensors) if other == place else take(given[other]) for other in range(everyone)]
+
+    def leave(self, place: int) -> None:
+        """The device at ``place`` gives nothing more."""
+        with self._changed:
+            self._left.add(place)
+            self._changed.notify_all()
+
+
+class Crew:
+    """A thread for each of ``devices`` but the first, whose thread is that of the caller.
+
+    ``enter`` is called with its device in each thread before it computes.
+    """
+
+    def __init__(self, devices: Sequence[torch.device], enter: Callable[[torch.device], None]) -> None:
+        self.devices = tuple(devices)
+        self._enter = enter
+        self._copies = [PeerCopies(device) for device in devices]
+        self._threads = [ThreadPoolExecutor(1, f"hotpath split {device}") for device in devices[1:]]
+
+    def run(
+        self, tensors: Sequence[Sequence[Tensor]], work: Callable[[int, tuple[Tensor, ...], Exchange], Tensor]
+    ) -> list[Tensor]:
+        """Have each device do ``work(place, its tensors, exchange)`` at the same time; the results, on the first.
+
+        Args:
+            tensors: for each device what it gets, which is on the first; the same tensor may go to several.
+
+        Raises:
+            DeviceFailed: on one of them. All have ended then.
+        """
+        exchange = Exchange(self._copies)
+        given = [give(each) for each in tensors]
+        inference, grad = torch.is_inference_mode_enabled(), torch.is_grad_enabled()
+
+        def part(place: int) -> Given:
+            try:
+                with ExitStack() as scope:
+                    if place:
+                        self._enter(self.devices[place])
+                        # Modes of PyTorch belong to a thread.
+                        scope.enter_context(torch.inference_mode(inference))
+                        scope.enter_context(torch.set_grad_enabled(grad))
+                    scope.enter_context(waiting_for_others())
+                    mine = self._copies[place].take(given[place]) if place else given[place].tensors
+                    return give([work(place, mine, exchange)])
+            finally:
+                exchange.leave(place)
+
+        others: list[Future[Given]] = []
+        errors: dict[int, BaseException] = {}
+        done: dict[int, Given] = {}
+        try:
+            for place, thread in enumerate(self._threads, 1):
+                others.append(thread.submit(part, place))
+            done[0] = part(0)
+        # Told below, when the others have ended too.
+        except BaseException as error:
+            errors[0] = error
+            # None waits for those that have not begun.
+            for place in (0, *range(len(others) + 1, len(self.devices))):
+                exchange.leave(place)
+        for place, future in enumerate(others, 1):
+            try:
+                done[place] = future.result()
+            except BaseException as error:
+                errors[place] = error
+        self._raise_first(errors)
+        return [self._copies[0].take(done[place])[0] for place in range(len(self.devices))]
+
+    def _raise_first(self, errors: dict[int, BaseException]) -> None:
+        """Raise what began it: an interrupt as it is, else the failure of a device that was not left by another."""
+        for error in errors.values():
+            if not isinstance(error, Exception):
+                raise error
+        for place, error in sorted(errors.items(), key=lambda item: isinstance(item[1], Abandoned)):
+            raise DeviceFailed(self.devices[place], error) from error
+
+    def end(self) -> None:
+        """End the threads."""
+        for thread in self._threads:
+            thread.shutdown()

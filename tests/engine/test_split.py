@@ -1,0 +1,205 @@
+"""Tokens in shares, masks of them, and threads that give each other keys and values: right, and never for ever."""
+
+import threading
+from functools import partial
+
+import pytest
+import torch
+from hotpath_pack.hotpath.attention import attention_scope, opaque_attention
+from hotpath_pack.hotpath.compiled import Region
+from hotpath_pack.hotpath.first_run import first_run, stands_in, waiting_for_others
+from hotpath_pack.hotpath.settings import CompileSettings
+from hotpath_pack.hotpath.split import (
+    FEWEST_TOKENS,
+    Abandoned,
+    Crew,
+    DeviceFailed,
+    NotShared,
+    places_of,
+    share_of_mask,
+    shares,
+)
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+from torch.nn.functional import scaled_dot_product_attention
+
+DEVICES = [torch.device("cpu", number) for number in range(3)]
+
+
+@pytest.fixture
+def crew():
+    made = Crew(DEVICES, lambda device: None)
+    yield made
+    made.end()
+
+
+@given(tokens=st.integers(0, 99), parts=st.integers(1, 8))
+@settings(max_examples=40)
+def test_shares_are_all_tokens_in_order_and_even(tokens, parts):
+    if tokens < FEWEST_TOKENS * parts:
+        with pytest.raises(NotShared, match="too few"):
+            shares(tokens, parts)
+        return
+    found = shares(tokens, parts)
+    assert [token for share in found for token in range(tokens)[share]] == list(range(tokens))
+    counts = {share.stop - share.start for share in found}
+    assert len(found) == parts and max(counts) - min(counts) <= 1
+
+
+@given(text=st.integers(6, 15), image=st.integers(6, 15), seed=st.integers(0, 9), rows=st.booleans())
+@settings(max_examples=10)
+def test_each_device_attends_as_its_rows_of_the_whole_do(text, image, seed, rows):
+    generator, total = torch.Generator().manual_seed(seed), text + image
+    q, k, v = torch.randn(3, 1, 2, total, 8, generator=generator)
+    mask = torch.randn(1, 1, total if rows else 1, total, generator=generator)
+    want = scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    places = places_of([shares(text, 3), shares(image, 3)])
+    order = torch.cat([torch.arange(total)[each] for place in places for each in place])
+    assert sorted(order.tolist()) == list(range(total))
+    for place, ranges in enumerate(places):
+        mine = torch.cat([torch.arange(total)[each] for each in ranges])
+        share = share_of_mask(mask, places, place)
+        got = scaled_dot_product_attention(q[:, :, mine], k[:, :, order], v[:, :, order], attn_mask=share)
+        torch.testing.assert_close(got, want[:, :, mine], atol=1e-5, rtol=1e-5)
+    with pytest.raises(NotShared, match="is not one of"):
+        share_of_mask(mask[..., 1:], places, 0)
+
+
+def test_devices_get_what_all_gave_in_order_each_time(crew):
+    def work(place, tensors, exchange):
+        assert torch.is_inference_mode_enabled()
+        for turn in range(20):
+            found = exchange.gather(place, [tensors[0] + turn])
+            assert [int(each) for (each,) in found] == [turn, 10 + turn, 20 + turn]
+        return tensors[0]
+
+    with torch.inference_mode():
+        out = crew.run([[torch.tensor(10 * place)] for place in range(3)], work)
+    assert [int(each) for each in out] == [0, 10, 20]
+
+
+@pytest.mark.parametrize("failing", range(3))
+@pytest.mark.parametrize("before", [0, 2])
+def test_a_device_that_fails_ends_all_and_is_named(crew, failing, before):
+    ended = []
+
+    def work(place, tensors, exchange):
+        try:
+            for turn in range(4):
+                if place == failing and turn == before:
+                    raise torch.OutOfMemoryError("no memory left")
+                exchange.gather(place, tensors)
+            return tensors[0]
+        except BaseException as error:
+            ended.append(type(error))
+            raise
+
+    for _ in range(2):
+        with pytest.raises(DeviceFailed, match=f"^cpu:{failing} failed: no memory left$") as failure:
+            crew.run([[torch.zeros(1)]] * 3, work)
+        assert isinstance(failure.value.__cause__, torch.OutOfMemoryError)
+    assert sorted(ended, key=str) == sorted(2 * [torch.OutOfMemoryError, Abandoned, Abandoned], key=str)
+
+
+def test_a_device_that_gathers_less_often_ends_all(crew):
+    def work(place, tensors, exchange):
+        for _ in range(3 if place else 2):
+            exchange.gather(place, tensors)
+        return tensors[0]
+
+    with pytest.raises(DeviceFailed, match="ended before this one"):
+        crew.run([[torch.zeros(1)]] * 3, work)
+
+
+def test_what_ends_a_thread_before_its_work_and_an_interrupt_reach_the_caller(crew):
+    class Interrupt(BaseException):
+        pass
+
+    def work(place, tensors, exchange):
+        if place == 1:
+            raise Interrupt
+        exchange.gather(place, tensors)
+        return tensors[0]
+
+    with pytest.raises(Interrupt):
+        crew.run([[torch.zeros(1)]] * 3, work)
+
+    def enter(device):
+        raise OSError("the device is gone")
+
+    broken = Crew(DEVICES[:2], enter)
+    with pytest.raises(DeviceFailed, match="cpu:1 failed: the device is gone"):
+        broken.run([[torch.zeros(1)]] * 2, work)
+    broken.end()
+    with pytest.raises(DeviceFailed, match="after shutdown"):
+        broken.run([[torch.zeros(1)]] * 2, work)
+
+
+class Block(nn.Module):
+    """Attends with its tokens and writes over them, as Flux blocks do."""
+
+    def __init__(self):
+        super().__init__()
+        self.qkv = nn.Linear(8, 24, device="meta")
+
+    def forward(self, x):
+        q, k, v = self.qkv(x).view(1, -1, 3, 2, 4).permute(2, 0, 3, 1, 4)
+        x += opaque_attention(q, k, v, None, None, [])
+        return x
+
+
+def attend(exchange, place, q, k, v, pe, mask, slices):
+    if stands_in():
+        return q.transpose(1, 2).flatten(2)
+    keys, values = zip(*exchange.gather(place, (k, v)), strict=True)
+    return scaled_dot_product_attention(q, torch.cat(keys, 2), torch.cat(values, 2)).transpose(1, 2).flatten(2)
+
+
+@pytest.mark.parametrize("each_its_own", [True, False])
+def test_threads_whose_code_runs_for_the_first_time_do_not_wait_for_each_other(crew, each_its_own):
+    """While one compiles and runs, with the lock, the others wait for the lock, and it must not wait for them."""
+    bind, made = (lambda inputs: inputs), CompileSettings(backend="aot_eager")
+    regions = [Region("block", Block(), bind, made) for _ in range(3 if each_its_own else 1)] * (
+        1 if each_its_own else 3
+    )
+    weights = {"qkv.weight": torch.randn(24, 8), "qkv.bias": torch.randn(24)}
+    x = torch.randn(1, 15, 8)
+
+    def work(place, tensors, exchange):
+        mine = tensors[0].clone()
+        with attention_scope(partial(attend, exchange, place)):
+            for _ in range(2):
+                mine = regions[place](weights, {"x": mine}, {"x": (1,)})
+        return mine
+
+    want = x.clone()
+    for _ in range(2):
+        q, k, v = (want @ weights["qkv.weight"].t() + weights["qkv.bias"]).view(1, -1, 3, 2, 4).permute(2, 0, 3, 1, 4)
+        want += scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+    out, errors = [], []
+
+    def run():
+        try:
+            out.append(torch.cat(crew.run([[x[:, share]] for share in shares(15, 3)], work), 1))
+        except BaseException as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    thread.join(timeout=120)
+    assert not thread.is_alive() and not errors, errors
+    torch.testing.assert_close(out[0], want, atol=1e-4, rtol=1e-4)
+    assert {region.stats.graphs for region in regions} == {1}
+
+
+def test_nothing_stands_in_but_where_code_runs_first_while_others_are_waited_for():
+    x = torch.zeros(2)
+    assert not stands_in()
+    with first_run({"x": x}) as alone:
+        assert not stands_in()
+    assert not alone.again()
+    with waiting_for_others(), first_run({"x": x}) as first:
+        x += 1
+        assert stands_in()
+    assert first.again() and x.tolist() == [0, 0] and not stands_in()

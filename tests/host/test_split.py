@@ -1,0 +1,286 @@
+"""Tokens shared out over devices: what one device gives, whatever the sizes, and one device with the reason where it
+can't be. The devices are imitated: to the host ``cpu``, ``cpu:1`` and ``cpu:2`` are three, with a model each."""
+
+import functools
+
+import comfy.model_management
+import comfy.multigpu
+import comfy.sd
+import pytest
+import torch
+from comfy.ldm.flux.model import Flux
+from comfy.sd import load_bypass_lora_for_models, load_lora_for_models
+from hotpath_pack.devtools import checkpoints, patches
+from hotpath_pack.host.quantizing.quantize import quantize_repeated_blocks
+from hotpath_pack.host.residency.offload import OffloadSettings, offload_repeated_blocks
+from hotpath_pack.host.splitting.split import split_repeated_blocks
+from hotpath_pack.host.telling.progress import NodeText
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
+from sampling import Counting, Texts, assert_parity, compiled, compiled_blocks, sample
+
+DEVICES = [torch.device("cpu"), torch.device("cpu", 1), torch.device("cpu", 2)]
+MODELS = {"flux1": checkpoints.flux1, "flux2": checkpoints.flux2, "chroma": checkpoints.chroma}
+SILENT = NodeText(None)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def devices():
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(comfy.model_management, "get_all_torch_devices", lambda exclude_current=False: DEVICES)
+        yield
+
+
+@pytest.fixture(scope="module")
+def file(tmp_path_factory):
+    """(name) -> the file of a tiny model."""
+    folder = tmp_path_factory.mktemp("models")
+
+    @functools.cache
+    def make(name):
+        blocks = (1, 1) if name == "chroma" else (2, 3)
+        return str(checkpoints.save(folder / f"{name}.safetensors", MODELS[name](*blocks)))
+
+    return make
+
+
+@pytest.fixture
+def filed(file):
+    """A tiny Flux from a file, which the host can load again."""
+    return comfy.sd.load_diffusion_model(file("flux1"))
+
+
+@pytest.fixture(scope="module", params=["flux1", "flux2", pytest.param("chroma", marks=pytest.mark.sweep)])
+def family(request, file):
+    return request.param, comfy.sd.load_diffusion_model(file(request.param))
+
+
+@torch.inference_mode()
+def split(model, devices="0, 1", text=None):
+    return split_repeated_blocks(model, devices, text or Texts())
+
+
+@torch.inference_mode()
+def quantized(model):
+    return quantize_repeated_blocks(model, "int8_weight_only", "", SILENT)
+
+
+def blocks_of(model):
+    (wrapper,) = model.get_wrappers("apply_model", "hotpath_split")
+    return wrapper
+
+
+def assert_shared(model, steps=2):
+    assert (blocks_of(model).why_not, blocks_of(model).steps) == ("", steps)
+
+
+def other_copy(model):
+    """The diffusion model of the last device."""
+    return model.get_additional_models_with_key("hotpath_split")[-1].model.diffusion_model
+
+
+@given(
+    width=st.integers(2, 7),
+    height=st.integers(2, 6),
+    tokens=st.integers(6, 19),
+    batch=st.integers(1, 3),
+    all=st.booleans(),
+)
+@settings(max_examples=2, phases=[Phase.generate], suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_any_size_text_and_batch_is_what_one_device_gives(family, width, height, tokens, batch, all):
+    (name, model), text = family, Texts()
+    two = split(model, "all" if all else "1", text)
+    unit = 32 if name == "flux2" else 16
+    assert_parity(model, two, width=width * unit, height=height * unit, tokens=tokens, batch=batch, steps=1)
+    assert_shared(two, 1)
+    assert text.last["state"] == "done" and text.seen[-1].startswith("tokens shared out over cpu, cpu:1")
+
+
+def test_masks_references_and_control_of_uneven_counts(filed):
+    two = split(filed, "all")
+    reference = dict(reference_latents=[torch.randn(1, 16, 6, 10)], reference_latents_method="index")
+    assert_parity(filed, two, width=80, tokens=7, **reference)
+    assert_shared(two)
+    for rows in (1, 16 + 9):
+        mask = torch.randn(1, rows, 16 + 9)
+        assert (
+            sample(filed, tokens=9, attention_mask=mask, attention_mask_img_shape=(4, 4)) - sample(filed, tokens=9)
+        ).abs().max() > 1e-3
+        assert_parity(filed, two, tokens=9, attention_mask=mask, attention_mask_img_shape=(4, 4))
+        assert_shared(two)
+    patches.controlnet_residuals(filed, 0.4)
+    controlled = split(filed)
+    assert_parity(filed, controlled, tokens=9)
+    assert_shared(controlled)
+
+
+def test_compiled_it_is_two_graphs_whatever_the_device_size_text_or_lora(filed, flux_weights):
+    two = split(filed, "all")
+    with Counting() as counting, torch._dynamo.config.patch(error_on_recompile=True):
+        fast = compiled(two)
+        for change in (dict(), dict(width=48), dict(tokens=11)):
+            assert_parity(filed, fast, **change)
+            assert_shared(fast)
+        patched, _ = load_lora_for_models(fast, None, checkpoints.lora(flux_weights), 1.0, 0)
+        want, _ = load_lora_for_models(filed, None, checkpoints.lora(flux_weights), 1.0, 0)
+        assert_parity(want, patched)
+        assert (sample(want) - sample(filed)).abs().max() > 0.01
+        assert_shared(patched)
+    assert (counting.graphs, counting.breaks) == (2, 0)
+    assert compiled_blocks(fast).eager == {} and compiled_blocks(fast).compiled == {"double": 2, "single": 3}
+
+
+def test_after_quantizing_each_device_has_quantized_blocks(filed):
+    model = quantized(filed)
+    two = split(model)
+    layers = [each.single_blocks[0].linear1 for each in (model.model.diffusion_model, other_copy(two))]
+    assert layers[0].quant_format == layers[1].quant_format
+    assert_parity(model, compiled(two))
+    assert_shared(two)
+
+
+def without_memory(*args, **kwargs):
+    raise torch.OutOfMemoryError("no memory left")
+
+
+@pytest.mark.parametrize("where", ["img_in", "single_blocks.1", "final_layer"])
+def test_a_device_that_fails_ends_in_the_image_of_one_with_the_reason(filed, where):
+    text = Texts()
+    two = split(filed, "all", text)
+    want = sample(filed, steps=3)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(other_copy(two).get_submodule(where), "forward", without_memory)
+        got = sample(two, steps=3)
+        assert torch.equal(want, got), "one device's to the bit"
+    assert (blocks_of(two).steps, blocks_of(two).why_not) == (0, "cpu:2 failed: no memory left")
+    assert text.last["state"] == "eager" and text.seen[-1] == "on one device: cpu:2 failed: no memory left"
+    assert_parity(filed, two)
+    assert_shared(two)
+
+
+def test_an_interrupt_that_another_device_sees_ends_the_prompt(filed):
+    two = split(filed)
+
+    def interrupted(*args, **kwargs):
+        raise comfy.model_management.InterruptProcessingException
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(other_copy(two).final_layer, "forward", interrupted)
+        with pytest.raises(comfy.model_management.InterruptProcessingException):
+            sample(two)
+    assert_parity(filed, two)
+
+
+def test_no_memory_for_the_copies_ends_in_the_image_of_one_device(filed, monkeypatch):
+    two, load_models = split(filed), comfy.model_management.load_models_gpu
+
+    def limited(models, *args, **kwargs):
+        if any(model.load_device.index for model in models):
+            raise torch.OutOfMemoryError("no memory left")
+        return load_models(models, *args, **kwargs)
+
+    monkeypatch.setattr(comfy.model_management, "load_models_gpu", limited)
+    assert torch.equal(sample(filed), sample(two))
+    assert "failed: no memory left" in blocks_of(two).why_not
+    monkeypatch.undo()
+    monkeypatch.setattr(comfy.model_management, "get_all_torch_devices", lambda exclude_current=False: DEVICES)
+    assert_parity(filed, two)
+    assert_shared(two)
+
+
+def with_bypass(model):
+    weights = checkpoints.lora(checkpoints.flux1(2, 3))
+    return load_bypass_lora_for_models(model, None, weights, 1.0, 0)[0]
+
+
+def with_own_forward(model):
+    diffusion_model = model.model.diffusion_model
+    diffusion_model.forward_orig = lambda *args, **kwargs: Flux.forward_orig(diffusion_model, *args, **kwargs) * 0.5
+    return model
+
+
+def with_patch(name):
+    def put(model):
+        clone = model.clone()
+        getattr(patches, name)(clone, 0.3)
+        return clone
+
+    return put
+
+
+def with_blocks_of_its_own(model):
+    """As a step cache does: other lists of blocks while the model runs."""
+
+    def wrapper(executor, *args, **kwargs):
+        inner = executor.class_obj
+        blocks, inner.double_blocks = inner.double_blocks, torch.nn.ModuleList(list(inner.double_blocks)[:1])
+        try:
+            return executor(*args, **kwargs)
+        finally:
+            inner.double_blocks = blocks
+
+    clone = model.clone()
+    clone.add_wrapper_with_key("diffusion_model", "cache", wrapper)
+    return clone
+
+
+REFUSED = {
+    "a patch of another node": with_patch("attn1_patch"),
+    "attention of its own": with_patch("attention_override"),
+    "reads the tokens of the whole image": with_patch("patches_replace"),
+    "other blocks in place": with_blocks_of_its_own,
+    "replaces forward_orig": with_own_forward,
+    "as a bypass LoRA": with_bypass,
+    "Offload Repeated Blocks": lambda model: offload_repeated_blocks(model, OffloadSettings(budget="0 %"), SILENT),
+    "MultiGPU CFG Split": lambda model: comfy.multigpu.create_multigpu_deepclones(model, 2),
+    "after Quantize Repeated Blocks": quantized,
+    "fullgraph off": lambda model: compiled(model, "none", "0", fullgraph=False),
+    "too few to be shared out": lambda model: model,
+    "timestep zero": lambda model: model,
+}
+
+
+@pytest.mark.parametrize("reason", REFUSED)
+def test_what_cant_be_shared_out_runs_on_one_device_with_the_reason(filed, file, reason):
+    text, run = Texts(), dict(tokens=3) if "too few" in reason else {}
+    if reason == "timestep zero":
+        filed = comfy.sd.load_diffusion_model(file("flux2"))
+        run = dict(reference_latents=[torch.randn(1, 128, 8, 6)], reference_latents_method="index_timestep_zero")
+    changed = REFUSED[reason](filed)
+    two = REFUSED[reason](split(filed, text=text))
+    assert_parity(changed, two, **run)
+    assert blocks_of(two).steps == 0
+    assert text.last["state"] == "eager" and text.seen[-1].startswith("on one device: ") and reason in text.seen[-1]
+
+
+def test_one_device_is_the_identity_and_says_so(filed):
+    text = Texts()
+    one = split(filed, "0", text)
+    assert text.seen == ["one device (cpu): nothing is shared out"]
+    assert not one.wrappers and not one.additional_models and torch.equal(sample(filed), sample(one))
+    again = split(split(filed), "0")
+    assert not again.get_wrappers("apply_model", "hotpath_split") and not again.additional_models
+
+
+def test_a_loader_that_makes_no_second_model_is_told(flux):
+    text = Texts()
+    one = split(flux, text=text)
+    assert text.last["state"] == "eager" and "cached_patcher_init" in text.seen[-1]
+    assert torch.equal(sample(flux), sample(one))
+
+
+@pytest.mark.parametrize(
+    "devices, said", [("3", "has 3 (0 to 2) and no 3"), ("-1", "no -1"), ("a", "is none"), ("", "is")]
+)
+def test_devices_that_are_none(filed, devices, said):
+    with pytest.raises(ValueError, match="devices: .*") as refused:
+        split(filed, devices)
+    assert said in str(refused.value)
+
+
+def test_copies_are_loaded_once_and_go_with_their_model(filed):
+    first, second = split(filed), split(filed)
+    assert other_copy(first) is other_copy(second)
+    sample(first)
+    sample(second)
+    assert other_copy(first) is other_copy(second) is not filed.model.diffusion_model
