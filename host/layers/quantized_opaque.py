@@ -1,5 +1,5 @@
 """The host's quantized layers in formats that this pack has no layer of its own for: one opaque call in the graph, in
-which they compute as the host has them compute.
+which the layout of the host computes.
 
 Any layout of the host does, those that it will gain too: what enters a region are the tensors that a
 ``QuantizedTensor`` is made of, and it is put together again within the call.

@@ -161,7 +161,7 @@ class LeavesOut(ModelPatcher):
         for layer in layers.values():
             layer.comfy_force_cast_weights = self.force_cast_weights
             if not hasattr(layer, "prev_comfy_cast_weights"):
-                # Unloaded from where they are, they are as the host has what did not fit.
+                # Unloaded from where they are, as the host leaves what did not fit.
                 layer.comfy_patched_weights = True
                 self.model.model_loaded_weight_memory += comfy.model_management.module_size(layer)
         self._unload_left_out()

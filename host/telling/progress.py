@@ -45,7 +45,7 @@ class NodeText:
             state: ``working``, ``compiling``, ``compiled``, ``recompiled``, ``eager``, ``skipped``, ``stopped`` or
                 ``done``.
             reasons: (what happened, the input that avoids it or nothing) in plain words.
-            facts: numbers and names that js/hotpath.js has labels for; ``seconds`` in names are seconds.
+            facts: numbers and names that js/texts.js has labels for; ``seconds`` in names are seconds.
         """
         server = getattr(PromptServer, "instance", None)
         if server is None or self.node_id is None:
