@@ -19,7 +19,7 @@ WHOLE_MODEL = "diffusion_model"
 def require_model(model: Any) -> None:
     """Raise ValueError for anything but a MODEL: the host passes on what a client of the HTTP API posts."""
     if not isinstance(model, ModelPatcher):
-        raise ValueError(f"model: this is {type(model).__name__} and no MODEL. Connect the output of a model loader.")
+        raise ValueError(f"model: this is {type(model).__name__}, not a MODEL. Connect the output of a model loader.")
 
 
 def to_device(value: Any, device: torch.device) -> Any:

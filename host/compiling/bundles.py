@@ -72,8 +72,8 @@ def load_bundle(name: str, trust_foreign: bool) -> str:
         raise ValueError(f"file: {name!r} is not in {FOLDER}. Save it there, or copy it to models/{FOLDER}.")
     if trust_foreign and _reachable_over_http(Path(path)):
         raise ValueError(
-            f"file: {name} lies in a folder that clients of ComfyUI's HTTP API can upload to, so that `trust_foreign` "
-            f"can't be asked of you for it. Move it to models/{FOLDER}."
+            f"file: {name} lies in a folder that clients of ComfyUI's HTTP API can upload to, so that anyone may "
+            f"have put it there and `trust_foreign` does not apply. Move it to models/{FOLDER}."
         )
     try:
         entries = read_bundle(Path(path), store(), trust_foreign)

@@ -404,7 +404,7 @@ def test_the_node_and_the_report_tell_what_was_made(flux):
 
 
 def test_what_can_not_be_offloaded_is_named(flux):
-    with pytest.raises(ValueError, match="model: this is str and no MODEL"):
+    with pytest.raises(ValueError, match="model: this is str, not a MODEL"):
         offloaded("flux")
     with pytest.raises(ValueError, match="modulation: 'never' is unknown. Choose one of ahead, in place"):
         offloaded(flux, "never")

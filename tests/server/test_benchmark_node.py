@@ -73,8 +73,8 @@ def test_what_was_warmed_up_is_ready(small_flux):
         (warm_up, {"model": ["model", 0]}, "model: nothing compiles it"),
         (warm_up, {"model": "flux"}, "model"),
         (benchmark, {"steps": 1}, "steps"),
-        (benchmark, {"model": "flux"}, "model: this is str and no MODEL"),
-        (benchmark, {"compare_with": 3}, "model: this is int and no MODEL"),
+        (benchmark, {"model": "flux"}, "model: this is str, not a MODEL"),
+        (benchmark, {"compare_with": 3}, "model: this is int, not a MODEL"),
     ],
 )
 def test_bad_inputs_are_named(small_flux, make, inputs, says):
