@@ -7,13 +7,12 @@ import logging
 import weakref
 from collections.abc import Callable, Collection, Hashable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
-from types import MappingProxyType
 from typing import Any
 
 import comfy.model_management
 import torch
 from comfy.model_patcher import ModelPatcher
-from comfy.patcher_extension import CallbacksMP, WrapperExecutor, WrappersMP
+from comfy.patcher_extension import CallbacksMP, WrappersMP
 from torch import Tensor, nn
 
 from ...hotpath.artifacts import NotKept
@@ -26,8 +25,8 @@ from ...hotpath.template import BlockPlan, NotHoistable
 from ...hotpath.values import input_kinds
 from ..families import require_family, selected_blocks
 from ..families.kinds import BlockKind
-from ..measuring.eager_steps import step_kind
-from ..models import WHOLE_MODEL, compiled_by_another, is_compiled, require_model, to_device
+from ..model_call import ModelCall
+from ..models import WHOLE_MODEL, compiled_by_another, is_compiled, require_model
 from ..residency.weights import block_weights, in_place
 from ..telling.accounting import CallAccount, Route, block_name, routed, untouched
 from ..telling.ledger import Ledger
@@ -161,45 +160,34 @@ class CompiledBlocks(Ledger):
             kind.name: [weakref.ref(block) for block in kind.blocks(diffusion_model)] for kind in self.selected
         }
 
-    def __call__(
-        self,
-        executor: WrapperExecutor,
-        x: Tensor,
-        t: Tensor,
-        c_concat: Tensor | None = None,
-        c_crossattn: Tensor | None = None,
-        control: Any = None,
-        transformer_options: Mapping[str, Any] = MappingProxyType({}),
-        **kwargs: Any,
-    ) -> Any:
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """A wrapper of the host's ``apply_model``; arguments are passed on as they are, conditioning on the device."""
-        call = _Call(self.selected)
-        self.replays.begin(call.graphs, x.device)
-        spent, kind = self.seconds, step_kind(executor.class_obj, x, c_crossattn)
-        c_concat, c_crossattn = (to_device(cond, x.device) for cond in (c_concat, c_crossattn))
-        kwargs = {name: to_device(cond, x.device) for name, cond in kwargs.items()}
+        asked, call = ModelCall.read(*args, **kwargs), _Call(self.selected)
+        device, spent, kind = asked.x.device, self.seconds, asked.structure
+        self.replays.begin(call.graphs, device)
+        asked.move_conditioning()
 
         def step() -> Any:
-            out = executor(x, t, c_concat, c_crossattn, control, transformer_options, **kwargs)
-            call.account.close(transformer_options)
+            out = asked.run()
+            call.account.close(asked.options)
             return out
 
         def counts() -> bool:
             # What a step took that compiled something says nothing of the next.
             return call.account.whole and self.seconds == spent
 
-        others = compiled_by_another(transformer_options)
+        others = compiled_by_another(asked.options)
         with self.text.guarded():
             if WHOLE_MODEL in others:
                 self.tell(_WHOLE, "the model")
                 call.account.all_eager(_WHOLE)
                 out = step()
             else:
-                with self._swapped(executor.class_obj.diffusion_model, call, others):
-                    out = self.clock.time(x.device, step, (kind, call.account), counts)
+                with self._swapped(asked.model.diffusion_model, call, others):
+                    out = self.clock.time(device, step, (kind, call.account), counts)
         LATER.begin()
         self.close(call.account)
-        self.show(executor.class_obj, call.account, kind)
+        self.show(asked.model, call.account, kind)
         return out
 
     @contextmanager

@@ -5,14 +5,13 @@ from __future__ import annotations
 import weakref
 from collections.abc import Hashable
 from contextlib import AbstractContextManager
-from functools import partial
 from typing import Any
 
 from comfy.model_base import BaseModel
-from comfy.patcher_extension import WrapperExecutor
-from torch import Tensor, nn
+from torch import nn
 
 from ..families import named_blocks
+from ..model_call import ModelCall
 from ..telling.accounting import Route, has_own_forward, routed, untouched
 from ..telling.progress import StepClock
 
@@ -26,29 +25,18 @@ class EagerSteps:
     def __init__(self) -> None:
         self._clock = StepClock()
 
-    def __call__(
-        self,
-        executor: WrapperExecutor,
-        x: Tensor,
-        t: Tensor,
-        c_concat: Tensor | None = None,
-        c_crossattn: Tensor | None = None,
-        *args: Any,
-        **kwargs: Any,
-    ) -> Any:
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """A wrapper of the host's ``apply_model``; arguments are passed on untouched."""
-        model = executor.class_obj
-        kind = step_kind(model, x, c_crossattn)
+        call = ModelCall.read(*args, **kwargs)
         missing: set[nn.Module] = set()
 
         def whole() -> bool:
             return not missing
 
-        with _noting(model.diffusion_model, missing):
-            step = partial(executor, x, t, c_concat, c_crossattn, *args, **kwargs)
-            out = self._clock.time(x.device, step, kind, whole)
+        with _noting(call.model.diffusion_model, missing):
+            out = self._clock.time(call.x.device, call.run, call.structure, whole)
         if (last := self._clock.last()) is not None:
-            note_quickest(_SECONDS.setdefault(model, {}), *last)
+            note_quickest(_SECONDS.setdefault(call.model, {}), *last)
         return out
 
 
@@ -63,12 +51,6 @@ def _noting(diffusion_model: nn.Module, missing: set[nn.Module]) -> AbstractCont
     blocks = [block for _, block in named_blocks(diffusion_model) if not has_own_forward(block)]
     missing.update(blocks)
     return routed({block: Route(run, block) for block in blocks})
-
-
-def step_kind(model: BaseModel, x: Tensor, c_crossattn: Tensor | None) -> Hashable:
-    """What two steps of ``model`` must have in common to be compared: the patches that it has now, and sizes."""
-    patches = getattr(model.current_patcher, "patches_uuid", None)
-    return patches, x.shape, x.dtype, x.device, None if c_crossattn is None else c_crossattn.shape
 
 
 def note_quickest(known: dict[Hashable, float], seconds: float, kind: Hashable) -> float:

@@ -7,14 +7,12 @@ import weakref
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
-from types import MappingProxyType
 from typing import Any
 
 import comfy.model_management
 import torch
 from comfy.model_base import BaseModel, convert_tensor
 from comfy.model_patcher import ModelPatcher
-from comfy.patcher_extension import WrapperExecutor
 from comfy.quant_ops import QuantizedTensor
 from torch import Tensor, nn
 
@@ -22,6 +20,7 @@ from ...hotpath.ahead import Table, content_key
 from ...hotpath.template import Given, NotHoistable, refuse_bolted_on
 from ..families import family_of, named_modulations
 from ..layers.gguf import is_gguf_layer
+from ..model_call import ModelCall
 from ..models import to_device, why_untouched
 from ..telling.progress import PartText
 from .weights import refuse_replaced_forward
@@ -67,35 +66,25 @@ class ModulationAhead:
         if unpatch_all:
             self._states.pop(patcher.model, None)
 
-    def __call__(
-        self,
-        executor: WrapperExecutor,
-        x: Tensor,
-        t: Tensor,
-        c_concat: Tensor | None = None,
-        c_crossattn: Tensor | None = None,
-        control: Any = None,
-        transformer_options: Mapping[str, Any] = MappingProxyType({}),
-        **kwargs: Any,
-    ) -> Any:
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """A wrapper of the host's ``apply_model``; arguments are passed on untouched.
 
         Raises:
             RuntimeError: a patch on blocks changed the conditioning vector in place.
         """
-        model = executor.class_obj
-        patcher = model.current_patcher
-        why_not = _why_in_place(patcher, transformer_options)
+        call = ModelCall.read(*args, **kwargs)
+        model, patcher, options = call.model, call.patcher, call.options
+        why_not = _why_in_place(patcher, options)
         if why_not:
             self.tell(why_not)
-            out = executor(x, t, c_concat, c_crossattn, control, transformer_options, **kwargs)
+            out = call.run()
             self.text.show(self.summary())
             return out
         state = self._states.setdefault(model, _State(self))
-        foresee = partial(_foresee, model, t, transformer_options.get("sample_sigmas"), kwargs)
+        foresee = partial(_foresee, model, call.t, options.get("sample_sigmas"), call.extra)
         with self.text.guarded(), state.given(model.diffusion_model, patcher, foresee):
-            out = executor(x, t, c_concat, c_crossattn, control, transformer_options, **kwargs)
-            if transformer_options.get("patches_replace", {}).get("dit"):
+            out = call.run()
+            if options.get("patches_replace", {}).get("dit"):
                 state.refuse_changed_vector()
         self.text.show(self.summary())
         return out

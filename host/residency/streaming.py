@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import logging
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
-from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import comfy.model_management
 import torch
 from comfy.model_base import BaseModel
 from comfy.model_patcher import ModelPatcher
-from comfy.patcher_extension import WrapperExecutor
 from comfy.quant_ops import QuantizedTensor
 from torch import Tensor, nn
 
@@ -23,6 +21,7 @@ from ...hotpath.stream import ALIGNMENT, Stream, copy_engine
 from ...hotpath.template import Around
 from ..families import named_blocks, named_modulations
 from ..layers.gguf import moved, plain, take_patches
+from ..model_call import ModelCall
 from ..models import why_untouched
 from ..telling.progress import PartText
 from .budget import GIB
@@ -224,32 +223,22 @@ class StreamedBlocks:
         """A run ended, or the host unloads the model: the slots are freed."""
         self._end(patcher.model)
 
-    def __call__(
-        self,
-        executor: WrapperExecutor,
-        x: Tensor,
-        t: Tensor,
-        c_concat: Tensor | None = None,
-        c_crossattn: Tensor | None = None,
-        control: Any = None,
-        transformer_options: Mapping[str, Any] = MappingProxyType({}),
-        **kwargs: Any,
-    ) -> Any:
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """A wrapper of the host's ``apply_model``; arguments are passed on untouched."""
-        model = executor.class_obj
-        patcher = model.current_patcher
-        self.residency = None if patcher is None or patcher.is_dynamic() else RESIDENCY.get(model)
-        why_not = why_untouched(patcher, transformer_options)
+        call = ModelCall.read(*args, **kwargs)
+        patcher = call.patcher
+        self.residency = None if patcher is None or patcher.is_dynamic() else RESIDENCY.get(call.model)
+        why_not = why_untouched(patcher, call.options)
         with ExitStack() as stack:
             run = None
             if why_not:
                 self.tell(why_not)
             elif self.residency is not None and self.residency.streamed:
-                run = self._run(model, self.residency, x.device)
+                run = self._run(call.model, self.residency, call.x.device)
             if run is not None:
                 stack.enter_context(run.arriving(changing=bool(patcher.hook_patches)))
             before = 0 if run is None else run.stream.bytes_copied
-            out = executor(x, t, c_concat, c_crossattn, control, transformer_options, **kwargs)
+            out = call.run()
         if run is not None:
             self.bytes_copied += run.stream.bytes_copied - before
             self.calls += 1

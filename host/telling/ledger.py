@@ -126,7 +126,7 @@ class Ledger:
             log.warning("%s runs without HotPath: %s", what, reason)
 
     def show(self, model: BaseModel, account: CallAccount, kind: Hashable) -> None:
-        """Tell the node what a step of this ``step_kind`` was, and its gain where an eager one was measured."""
+        """Tell the node what a step was, and its gain where an eager one of this ``kind`` was measured."""
         facts: dict[str, str | float] = {"ran": account.line()}
         if account.compiled:
             facts["blocks"] = ", ".join(f"{count} {name}" for name, count in account.compiled.items())

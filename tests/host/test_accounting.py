@@ -6,6 +6,7 @@ from comfy.patcher_extension import WrappersMP
 from comfy_api.torch_helpers import set_torch_compile_wrapper
 from comfy_extras.nodes_easycache import EasyCacheNode
 from hotpath_pack.host.measuring.eager_steps import EagerSteps, eager_seconds
+from hotpath_pack.host.model_call import ModelCall
 from sampling import Texts, assert_parity, compiled, compiled_blocks, sample
 from torch import nn
 
@@ -132,11 +133,10 @@ def test_eager_steps_are_timed_only_where_all_blocks_ran(flux):
         timed = wrapped(model, WrappersMP.APPLY_MODEL, EagerSteps(), "benchmark")
         kinds = []
 
-        def note(executor, x, t, c_concat=None, c_crossattn=None, *args, kinds=kinds, **kwargs):
-            from hotpath_pack.host.measuring.eager_steps import step_kind
-
-            kinds.append(step_kind(executor.class_obj, x, c_crossattn))
-            return executor(x, t, c_concat, c_crossattn, *args, **kwargs)
+        def note(*args, kinds=kinds, **kwargs):
+            call = ModelCall.read(*args, **kwargs)
+            kinds.append(call.structure)
+            return call.run()
 
         sample(wrapped(timed, WrappersMP.APPLY_MODEL, note, "note"))
         known.append(eager_seconds(flux.model, kinds[-1]))
