@@ -13,7 +13,8 @@ import torch
 from comfyui_version import __version__ as comfyui_version
 from torch import nn
 
-from ...hotpath.artifacts import Kept, Store, environment
+from ...hotpath.artifacts import Kept, Store
+from ...hotpath.environment import environment
 from ...hotpath.fingerprint import NotPortable, function_text, structure_text, text_of
 from ...hotpath.graphs import supported
 from ...hotpath.settings import CompileSettings

@@ -9,7 +9,8 @@ import comfy.model_management
 import folder_paths
 from comfy.model_patcher import ModelPatcher
 
-from ...hotpath.artifacts import Refused, difference, read_bundle, write_bundle
+from ...hotpath.artifacts import Refused, read_bundle, write_bundle
+from ...hotpath.environment import difference
 from ..models import require_model
 from .artifacts import facts, store
 from .compile import compiled_blocks

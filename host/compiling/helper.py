@@ -15,9 +15,10 @@ from typing import IO, Any
 import torch
 from torch import Tensor
 
-from ...hotpath.artifacts import Kept, Store, difference
+from ...hotpath.artifacts import Kept, Store
 from ...hotpath.attention import attention_scope
 from ...hotpath.compiled import Region
+from ...hotpath.environment import difference
 from ...hotpath.examples import example_inputs, example_weights
 from ...hotpath.failures import RegionFailed, reason_of
 from ...hotpath.preflight import compile_problems

@@ -9,17 +9,8 @@ import time
 from pathlib import Path
 
 import pytest
-from hotpath_pack.hotpath.artifacts import (
-    Kept,
-    Refused,
-    Store,
-    Stored,
-    difference,
-    pack,
-    read_bundle,
-    unpack,
-    write_bundle,
-)
+from hotpath_pack.hotpath.artifacts import Kept, Refused, Store, Stored, pack, read_bundle, unpack, write_bundle
+from hotpath_pack.hotpath.environment import difference
 from hypothesis import given
 from hypothesis import strategies as st
 

@@ -14,9 +14,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 from hotpath_pack.hotpath import graphs
-from hotpath_pack.hotpath.artifacts import FIRST_TIME, Kept, Store, environment
+from hotpath_pack.hotpath.artifacts import FIRST_TIME, Kept, Store
 from hotpath_pack.hotpath.compiled import CompileSettings, Region, RegionFailed
 from hotpath_pack.hotpath.counters import graphs_so_far
+from hotpath_pack.hotpath.environment import environment
 from hotpath_pack.hotpath.fingerprint import Dependencies, Dependency, describe
 from torch import autocast, nn
 from torch.nn import Linear

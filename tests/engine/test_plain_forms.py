@@ -3,8 +3,9 @@
 import pytest
 import torch
 from hotpath_pack.hotpath import graphs, plain_forms
-from hotpath_pack.hotpath.artifacts import FIRST_TIME, Kept, Store, environment
+from hotpath_pack.hotpath.artifacts import FIRST_TIME, Kept, Store
 from hotpath_pack.hotpath.compiled import CompileSettings, Region
+from hotpath_pack.hotpath.environment import environment
 from torch import nn
 from torch.nn import Linear
 

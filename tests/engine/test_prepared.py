@@ -3,9 +3,10 @@
 import pytest
 import torch
 from hotpath_pack.hotpath import graphs
-from hotpath_pack.hotpath.artifacts import Kept, Store, environment
+from hotpath_pack.hotpath.artifacts import Kept, Store
 from hotpath_pack.hotpath.compiled import Region
 from hotpath_pack.hotpath.counters import graphs_so_far
+from hotpath_pack.hotpath.environment import environment
 from hotpath_pack.hotpath.examples import describe_tensors, example_inputs, example_weights
 from hotpath_pack.hotpath.later import Later
 from hotpath_pack.hotpath.settings import CompileSettings
