@@ -27,7 +27,8 @@ from .counters import breaks_since, breaks_so_far, graphs_so_far, guard_failures
 from .failures import RegionFailed, Uncompiled, belongs_to_host, failure_of, reason_of, went_through
 from .first_run import first_run
 from .graphs import Graph, compile_graph, load_graph
-from .inductor import forget_compiler, may_lack_instructions, region_options, trust_compiler
+from .inductor import may_lack_instructions, region_options
+from .internals import forget_compiler, trust_compiler
 from .limits import compiling
 from .memory import peak_bytes
 from .reasons import plain_reason

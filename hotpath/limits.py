@@ -10,7 +10,8 @@ from typing import Any
 from torch._dynamo import config
 from torch.fx.experimental import _config
 
-from .toolchain import keep_device_guard, named_user
+from .internals import keep_device_guard
+from .toolchain import named_user
 
 # Dynamo's tracing and Inductor have state of the process, and a host with several GPUs runs regions in several threads.
 _lock = threading.RLock()

@@ -5,15 +5,10 @@ from __future__ import annotations
 import getpass
 import os
 import shutil
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import lru_cache
 
-import torch
-
-# The type of what functools.cache makes, which has no public name.
-_CACHED = type(lru_cache(len))
+from .internals import forget_toolchain
 
 
 @contextmanager
@@ -39,38 +34,6 @@ def _has_name() -> bool:
     except (KeyError, OSError, ImportError):
         return False
     return True
-
-
-@lru_cache
-def keep_device_guard() -> None:
-    """Let PyTorch trace in any thread.
-
-    Built for CUDA and on a machine without such a device, it puts a stand-in for the device into a table of the process
-    when it first traces, and the stand-in's memory is that of the thread: once that has ended the next trace crashes.
-    So it is put there by a thread that does not end.
-    """
-    put = getattr(torch._C, "_ensureCUDADeviceGuardSet", None)
-    if put is None or torch.cuda.is_available():
-        return
-    done = threading.Event()
-
-    def put_and_stay() -> None:
-        put()
-        done.set()
-        threading.Event().wait()
-
-    threading.Thread(target=put_and_stay, name="hotpath device guard", daemon=True).start()
-    done.wait()
-
-
-def forget_toolchain() -> None:
-    """Have Inductor look anew for the compiler and for files that it made before, which a cleaner may have taken."""
-    from torch._inductor import codecache, cpp_builder, cpu_vec_isa
-
-    for module in (codecache, cpp_builder, cpu_vec_isa):
-        for known in vars(module).values():
-            if isinstance(known, _CACHED):
-                known.cache_clear()
 
 
 def cpp_compiler() -> str:

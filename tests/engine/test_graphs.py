@@ -9,7 +9,6 @@ import sys
 import textwrap
 import weakref
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -358,35 +357,12 @@ def test_what_cannot_be_written_is_not_compiled_again(tmp_path, caplog, monkeypa
     def fails(*args):
         raise TypeError("no pickle for it")
 
-    monkeypatch.setattr(graphs, "_dump", fails)
+    monkeypatch.setattr(graphs, "write_held", fails)
     compiled = region(tmp_path / "kept")
     for tokens in (4, 9):
         run(compiled, 1, tokens)
     assert compiled.stats.graphs == 1 and compiled.stats.cache == "off: no pickle for it"
     assert caplog.text.count("no pickle for it") == 1
-
-
-def test_of_a_kernel_only_the_variant_that_was_chosen_is_kept():
-    """With stand-ins for Triton's objects; tests/gpu has the kernels."""
-
-    def variant(block):
-        return SimpleNamespace(config=SimpleNamespace(kwargs={"XBLOCK": block}, num_warps=4, num_stages=1))
-
-    def kernel(name, *variants):
-        return SimpleNamespace(kernel_name=name, kernel=SimpleNamespace(compile_results=list(variants)))
-
-    first, second, other = variant(64), variant(128), variant(256)
-    tuned, scaled = kernel("tuned", first, second), kernel("scaled", first, second)
-    module = SimpleNamespace(
-        tuned=SimpleNamespace(launchers=[variant(128)]), scaled=SimpleNamespace(launchers=[variant(256)])
-    )
-    graphs._leave_quickest(SimpleNamespace(static_autotuners=[tuned, scaled]), module)
-    assert tuned.kernel.compile_results == [second]
-    assert scaled.kernel.compile_results == [first, second], "none of them was chosen"
-    module.tuned.launchers.append(other)
-    tuned.kernel.compile_results = [first, second, other]
-    graphs._leave_quickest(SimpleNamespace(static_autotuners=[tuned]), module)
-    assert tuned.kernel.compile_results == [second, other]
 
 
 OTHER_PROCESS = """

@@ -1,0 +1,135 @@
+"""What each function relies on in PyTorch, and that its absence costs what is kept and no more."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from hotpath_pack.hotpath import graphs, internals
+from hotpath_pack.hotpath.internals import NotAhead
+from test_graphs import Block, as_they_are, expected, region, run, weights
+from torch._inductor import codecache, cpu_vec_isa
+
+ahead = pytest.mark.skipif(not graphs.supported(), reason="needs PyTorch 2.11")
+
+
+@pytest.fixture
+def made():
+    """A graph as PyTorch makes it, and its arguments."""
+    template, x, w = Block(), torch.randn(1, 4, 8), weights()
+
+    def function(weights, inputs):
+        return torch.func.functional_call(template, weights, (), dict(as_they_are(inputs)))
+
+    with torch.no_grad():
+        return internals.compile_ahead(function, (w, {"x": x}), None, {}), template, w, x
+
+
+@ahead
+@torch.no_grad()
+def test_guards_are_asked_by_the_names_of_arguments_and_the_code_runs_without_them(made):
+    made, template, w, x = made
+    guards, code = internals.guards_and_code(made)
+    arguments = {"weights": w, "inputs": {"x": x}, "template": template}
+    assert guards.check(arguments)
+    told = guards.check_verbose({**arguments, "inputs": {"x": x.double()}})
+    assert not told.result and "dtype mismatch" in told.verbose_code_parts[0]
+    want = expected(w, x)
+    torch.testing.assert_close(code(w, {"x": x}), want)
+    # A module of the host, or of this pack, would be refused as one that nobody compares.
+    assert "torch" in " ".join(internals.import_sources(made).values())
+    assert (Block.__module__, Block.forward.__code__.co_firstlineno) in set(internals.traced_lines(made))
+
+
+@pytest.mark.parametrize("has", ["nothing", "no guards", "guards that can not be asked"])
+def test_guards_in_another_form_are_not_relied_on(has):
+    made = SimpleNamespace(fn=print, _artifacts=SimpleNamespace(guard_manager=None if has == "no guards" else object()))
+    with pytest.raises(NotAhead, match="not known here"):
+        internals.guards_and_code(SimpleNamespace() if has == "nothing" else made)
+
+
+@ahead
+@pytest.mark.parametrize(
+    "gone", ["compile_ahead", "guards_and_code", "import_sources", "traced_lines", "write_held", "read_held", "revive"]
+)
+def test_without_one_of_them_regions_are_compiled_as_ever(tmp_path, monkeypatch, gone):
+    reads = gone in ("read_held", "revive")
+    if reads:
+        run(region(tmp_path / "kept"))
+
+    def fails(*args):
+        raise AttributeError(f"PyTorch has no {gone}")
+
+    monkeypatch.setattr(graphs, gone, fails)
+    compiled = region(tmp_path / "kept")
+    run(compiled)
+    run(compiled)
+    in_vain = gone in ("guards_and_code", "import_sources", "traced_lines")
+    assert compiled.stats.graphs == 1 + in_vain
+    state = "miss: " if reads else "off: "
+    assert compiled.stats.cache.startswith(state) and gone in compiled.stats.cache
+
+
+def test_code_of_another_kind_is_not_kept():
+    """Inductor's code makes its kernels in one line, which is taken out; the C++ ones are what one call gives."""
+    with pytest.raises(NotAhead, match="another kind of code"):
+        internals._kernels("def call(args): ...", None)
+    with pytest.raises(NotAhead, match="a kernel of kind halide can't be kept"):
+        internals._kernels(f"{internals._MAKES_KERNELS}\nkernel = async_compile.halide('', '')", None)
+
+
+def test_of_a_kernel_only_the_variant_that_was_chosen_is_kept():
+    """With stand-ins for Triton's objects; tests/gpu has the kernels."""
+
+    def variant(block):
+        return SimpleNamespace(config=SimpleNamespace(kwargs={"XBLOCK": block}, num_warps=4, num_stages=1))
+
+    def kernel(name, *variants):
+        return SimpleNamespace(kernel_name=name, kernel=SimpleNamespace(compile_results=list(variants)))
+
+    first, second, other = variant(64), variant(128), variant(256)
+    tuned, scaled = kernel("tuned", first, second), kernel("scaled", first, second)
+    module = SimpleNamespace(
+        tuned=SimpleNamespace(launchers=[variant(128)]), scaled=SimpleNamespace(launchers=[variant(256)])
+    )
+    internals._leave_quickest(SimpleNamespace(static_autotuners=[tuned, scaled]), module)
+    assert tuned.kernel.compile_results == [second]
+    assert scaled.kernel.compile_results == [first, second], "none of them was chosen"
+    module.tuned.launchers.append(other)
+    tuned.kernel.compile_results = [first, second, other]
+    internals._leave_quickest(SimpleNamespace(static_autotuners=[tuned]), module)
+    assert tuned.kernel.compile_results == [second, other]
+
+
+@pytest.mark.parametrize("gone", ["supported_vec_isa_list", "valid_vec_isa_list"])
+def test_where_instruction_sets_are_kept_otherwise_inductor_finds_them_out(monkeypatch, gone):
+    monkeypatch.delattr(cpu_vec_isa, gone)
+    internals.trust_compiler()
+    internals.forget_compiler()
+
+
+def test_the_compiler_is_not_asked_while_it_is_trusted_and_asked_after(monkeypatch):
+    asked = []
+    for kind in cpu_vec_isa.supported_vec_isa_list:
+        monkeypatch.setattr(type(kind), "check_build", lambda self, code: asked.append(self) or True)
+    internals.forget_compiler()
+    internals.trust_compiler()
+    assert asked == [] and cpu_vec_isa.valid_vec_isa_list.cache_info().currsize == 1
+    assert not any("check_build" in vars(kind) for kind in cpu_vec_isa.supported_vec_isa_list)
+    internals.forget_compiler()
+    assert cpu_vec_isa.valid_vec_isa_list.cache_info().currsize == 0
+
+
+def test_what_inductor_remembers_of_files_is_found_by_its_kind(monkeypatch):
+    @internals.lru_cache
+    def remembered():
+        return object()
+
+    monkeypatch.setattr(codecache, "remembered", remembered, raising=False)
+    before = remembered()
+    internals.forget_toolchain()
+    assert remembered() is not before
+
+
+def test_a_pytorch_without_a_device_guard_of_the_process_needs_none(monkeypatch):
+    monkeypatch.delattr(torch._C, "_ensureCUDADeviceGuardSet", raising=False)
+    internals.keep_device_guard.__wrapped__()
