@@ -116,8 +116,8 @@ class Route(functools.partial[Any]):
 
 def routes_to(others: Mapping[nn.Module, nn.Module]) -> dict[nn.Module, Route]:
     """For each block that is routed now, the route of the block of another clone that ``others`` has for it."""
-    routes = {block: block.__dict__.get("forward") for block in others}
-    return {others[block]: route.to(others[block]) for block, route in routes.items() if isinstance(route, Route)}
+    runs = {block: block.__dict__.get("forward") for block in others}
+    return {others[block]: route.to(others[block]) for block, route in runs.items() if isinstance(route, Route)}
 
 
 @contextmanager
