@@ -137,9 +137,11 @@ def default_dtype():
 
 
 def tf32():
-    torch.backends.cuda.matmul.allow_tf32 = True
+    matmul = torch.backends.cuda.matmul
+    before = matmul.fp32_precision
+    matmul.fp32_precision = "tf32"
     yield
-    torch.backends.cuda.matmul.allow_tf32 = False
+    matmul.fp32_precision = before
 
 
 def threads():
