@@ -154,6 +154,10 @@ class Kept:
         self.facts = facts
         self._graphs: list[tuple[Mapping[str, str], bytes]] = []
 
+    @property
+    def path(self) -> Path:
+        return self.store.path(self.region)
+
     def read(self) -> list[bytes]:
         """The stored graphs that fit this process; says why when there are none."""
         now = self.facts()

@@ -36,6 +36,7 @@ from .settings import CompileSettings
 from .starting import start_workers
 from .stats import NO_COST, Cost, RegionStats
 from .toolchain import named_user
+from .turns import Turn
 from .values import Copies, device_of, mark_dynamic, tensors_in, varying_dims
 
 log = logging.getLogger(__name__)
@@ -82,6 +83,7 @@ class Region:
             self._use(probe=False)
         self._limit = settings.graph_limit(streams)
         self._kept = kept
+        self._turn = Turn(self.kept.path if self.kept else None)
         self._closure = {"template": template, "bind": bind}
         self._graphs: list[Graph] = []
         self._guard_failure = ""
@@ -222,8 +224,7 @@ class Region:
         """Run the block; what it gives, and what that cost.
 
         Args:
-            weights: the block's weights by the template's parameter names, on the device and in the dtype to
-                compute in.
+            weights: the block's, by the template's parameter names, on the device and in the dtype to compute in.
             inputs: tensors, None, or lists, tuples and dataclasses of them.
             dynamic_dims: name of a tensor among the inputs -> its token dimensions.
             before_compiling: called each time before something is compiled, but with ``fullgraph`` off the first time
@@ -235,7 +236,7 @@ class Region:
         with suppress(Uncompiled):
             return self._run_proven(weights, inputs, dynamic_dims), NO_COST
         # Not before, since another thread's compiling may take long.
-        with self._compiling(), first_run(inputs) as first:
+        with self._compiling(), first_run(inputs) as first, self._turn:
             try:
                 out, cost = self._run_proven(weights, inputs, dynamic_dims), NO_COST
             except Uncompiled:
@@ -269,6 +270,8 @@ class Region:
             self._guard_failure, failures = "", len(guard_failures(self._code))
             if graph is None and (first or self.settings.fullgraph):
                 before_compiling()
+                if not self._graphs and self._turn.take() and self.loads(weights, inputs):
+                    graph, first, load_seconds = self.graph_for(weights, inputs), False, self.stats.load_seconds
             started = time.perf_counter()
             # Blocks update their inputs in place, and what fails may have done so by half.
             copies = Copies(inputs)
@@ -307,12 +310,8 @@ class Region:
         return out, Cost(seconds, load_seconds, (reason,))
 
     def _run_once(self, graph: Graph | None, weights: dict[str, Tensor], inputs: dict[str, Any]) -> Any:
-        """Run ``graph``, or what is compiled here, for the first time.
-
-        Raises:
-            RegionFailed: it could not be compiled, or failed; that code is not used again.
-            FailOnRecompileLimitHit: there are as many graphs as there may be.
-        """
+        """Run ``graph``, or what is compiled here, for the first time. Raises RegionFailed where that failed, whose
+        code is not used again, or FailOnRecompileLimitHit where there are as many graphs as there may be."""
         facts = None
         try:
             if not self._probed:
@@ -349,7 +348,7 @@ class Region:
             facts = prepared[1]
         if facts is not None:
             # Only now, as Triton chooses between variants of a kernel when it first runs.
-            self._later(functools.partial(self._keep, graph, facts))
+            self._later(self._turn.then(functools.partial(self._keep, graph, facts)))
         return out
 
     def _compile_ahead(
