@@ -44,7 +44,10 @@ def main(arguments: Sequence[str]) -> int:
         help="instead, N prompts of all kinds on one server (default: 300): images, graphs, memory and leaks",
     )
     parser.add_argument(
-        "--quantize", action="store_true", help="instead, size and signal-to-noise ratio of each format"
+        "--quantize",
+        nargs="*",
+        metavar="FORMAT",
+        help="instead, size and signal-to-noise ratio of each format, or of these",
     )
     parser.add_argument(
         "--memory", action="store_true", help="instead, what Flux.1-dev takes on the card and over the bus"
@@ -69,8 +72,8 @@ def main(arguments: Sequence[str]) -> int:
         return run_start(given.rounds, given.json)
     if given.soak:
         return run_soak(given.soak, given.json)
-    if given.quantize:
-        return run_quantize(given.size or (128, 128), given.json)
+    if given.quantize is not None:
+        return run_quantize(given.quantize, given.size or (128, 128), given.json)
     if given.memory:
         return run_memory(given.json, given.plot)
     if given.offload:
@@ -157,10 +160,10 @@ def run_fuzz(seed: int, seconds: int, json: Path | None) -> int:
     return 1 if seen.failures else 0
 
 
-def run_quantize(size: tuple[int, int], json: Path | None) -> int:
+def run_quantize(formats: Sequence[str], size: tuple[int, int], json: Path | None) -> int:
     progress = Progress()
     progress.stage("Quantizing a tiny Flux.1 of 19 double and 38 single blocks")
-    measured = qualities(comfyui_folder(), size, progress.detail)
+    measured = qualities(comfyui_folder(), formats, size, progress.detail)
     progress.done()
     print(f"Signal-to-noise ratio against full precision, {size[0]}x{size[1]}\n")
     print_table(rows(measured))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,8 +30,14 @@ class Quality:
     snr: dict[str, float] = field(default_factory=dict)
 
 
-def qualities(comfyui: Path, size: tuple[int, int], show: Callable[[str], None]) -> list[Quality]:
-    """Sample a tiny Flux.1 of 19 + 38 blocks in full precision and in each format, with and without a LoRA."""
+def qualities(
+    comfyui: Path, formats: Sequence[str], size: tuple[int, int], show: Callable[[str], None]
+) -> list[Quality]:
+    """Sample a tiny Flux.1 of 19 + 38 blocks in full precision and in each format, with and without a LoRA.
+
+    Args:
+        formats: by name; without any, all that this machine can run or simulate.
+    """
     with HostServer(comfyui) as server:
         weights = normal(flux1())
         path = save(server.diffusion_models / "tiny_flux1.safetensors", weights)
@@ -51,11 +57,12 @@ def qualities(comfyui: Path, size: tuple[int, int], show: Callable[[str], None])
             for steps in STEPS
         }
         info = server.get("/object_info/HotPathQuantizeRepeatedBlocks")["HotPathQuantizeRepeatedBlocks"]
-        runnable = info["input"]["required"]["format"][1]["options"]
+        offered = info["input"]["required"]["format"][1]["options"]
+        runnable = [name for name in offered if name != "auto"]
         simulated = [format for format in SIMULATED if format not in runnable]
         full = {(name, seed): latent(None, seed, *run) for name, run in runs.items() for seed in SEEDS}
         measured = []
-        for format in [*runnable, *simulated]:
+        for format in formats or [*runnable, *simulated]:
             snrs = {}
             for name, run in runs.items():
                 show(f"{format}, {name}")

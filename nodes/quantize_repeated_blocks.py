@@ -26,7 +26,7 @@ class QuantizeRepeatedBlocks(io.ComfyNode):
             display_name="Quantize Repeated Blocks",
             category="model/patch/hotpath",
             description=cleandoc(cls.__doc__ or ""),
-            search_aliases=["quantize", "fp8", "int8", "int4", "nvfp4", "mxfp8", "flux low vram", "hotpath"],
+            search_aliases=["quantize", "fp8", "int8", "int4", "convrot", "nvfp4", "mxfp8", "flux low vram", "hotpath"],
             inputs=[
                 io.Model.Input(
                     "model",
@@ -39,8 +39,10 @@ class QuantizeRepeatedBlocks(io.ComfyNode):
                     default=formats[0],
                     tooltip="Those that this machine can run; auto: the first of them. int8_dynamic: the most accurate "
                     "in 8 bits; fp8_e4m3_rowwise: fastest on H100 and the like; fp8_e4m3: the host's own; "
-                    "int8_weight_only and int4_weight_only: save memory alone, on any card; nvfp4: 4 bits, RTX 50 "
-                    "series; mxfp8: RTX 50 series.",
+                    "int8_weight_only and int4_weight_only: save memory alone, on any card; convrot_w4a4: 4 bits, "
+                    "weights and activations, RTX 20 series and newer; asym_w4a8_int8: weights in 4 bits "
+                    "and activations in int8, RTX 30 series and newer; nvfp4: 4 bits, RTX 50 series; mxfp8: RTX 50 "
+                    "series.",
                 ),
                 io.String.Input(
                     "skip",

@@ -24,7 +24,7 @@ INT4_WEIGHT_ONLY = "HotPathInt4WeightOnlyLayout"
 _QUOTED = 40
 # Values of a weight that are quantized at once.
 AT_ONCE = 2**22
-_NEWER_COMFYUI = "a newer ComfyUI, which has int8 layers"
+_NEWER_COMFYUI = "a newer ComfyUI, which has {} layers"
 
 
 class _RowwiseLayout(QuantizedLayout):
@@ -198,11 +198,8 @@ class Int8(Format):
 
     def missing(self, device: torch.device) -> str | None:
         if self.host_name not in comfy.quant_ops.QUANT_ALGOS:
-            return _NEWER_COMFYUI
-        fast = device.type == "cuda" and comfy.model_management.is_nvidia()
-        if device.type == "cpu" or (fast and torch.cuda.get_device_capability(device) >= (7, 5)):
-            return None
-        return "an NVIDIA GPU of compute capability 7.5 or newer (RTX 20 series)"
+            return _NEWER_COMFYUI.format("int8")
+        return _nvidia_or_cpu(device, (7, 5), "RTX 20 series")
 
 
 class Int8WeightOnly(Format):
@@ -212,7 +209,7 @@ class Int8WeightOnly(Format):
     """
 
     def missing(self, device: torch.device) -> str | None:
-        return None if self.host_name in comfy.quant_ops.QUANT_ALGOS else _NEWER_COMFYUI
+        return None if self.host_name in comfy.quant_ops.QUANT_ALGOS else _NEWER_COMFYUI.format("int8")
 
 
 class Int4WeightOnly(Format):
@@ -224,6 +221,37 @@ class Int4WeightOnly(Format):
 
     def peak_bytes(self, weight: Tensor) -> int:
         return super().peak_bytes(weight) + min(AT_ONCE, weight.numel()) * 4 * 6
+
+
+class ConvRotInt4(Format):
+    """``convrot_w4a4``: ``y = (int4(x R / s_x) @ int4(w R / s_w).T) * s_x * s_w`` with scales as in ``int8_dynamic``
+    and ``R`` a Hadamard matrix for each 256 columns, which spreads outliers. On cards without products in 4 bits the
+    host keeps activations in 8. A quarter of bf16.
+
+    Source: the host's ``TensorCoreConvRotW4A4Layout``; Ashkboos et al., "QuaRot", arXiv:2404.00456.
+    """
+
+    def missing(self, device: torch.device) -> str | None:
+        if self.host_name not in comfy.quant_ops.QUANT_ALGOS:
+            return _NEWER_COMFYUI.format(self.host_name)
+        return _nvidia_or_cpu(device, (7, 5), "RTX 20 series")
+
+
+class AsymW4A8(Format):
+    """``asym_w4a8_int8``: weights rotated as in ``convrot_w4a4``, in 4 bits with an fp8 scale for each 16 values and
+    one for the row, in levels of the weight's own; activations in int8 with a scale for each token. 0.28 of bf16.
+
+    Source: the host's ``AsymW4A8Int8Layout``.
+    """
+
+    def missing(self, device: torch.device) -> str | None:
+        if self.host_name not in comfy.quant_ops.QUANT_ALGOS:
+            return _NEWER_COMFYUI.format(self.host_name)
+        # On a CPU it would run; finding the levels of a weight takes minutes there.
+        return _nvidia(device, (8, 0), "RTX 30 series")
+
+    def peak_bytes(self, weight: Tensor) -> int:
+        return super().peak_bytes(weight) + weight.numel() * 4 * 4
 
 
 class NvFp4(Format):
@@ -253,6 +281,18 @@ class MxFp8(Format):
         return "an NVIDIA GPU of compute capability 10.0 or newer (RTX 50 series, B200) and PyTorch 2.10 or newer"
 
 
+def _nvidia_or_cpu(device: torch.device, capability: tuple[int, int], series: str) -> str | None:
+    """None for the CPU and for an NVIDIA GPU of that compute capability; for all others what is missing."""
+    return None if device.type == "cpu" else _nvidia(device, capability, series)
+
+
+def _nvidia(device: torch.device, capability: tuple[int, int], series: str) -> str | None:
+    nvidia = device.type == "cuda" and comfy.model_management.is_nvidia()
+    if nvidia and torch.cuda.get_device_capability(device) >= capability:
+        return None
+    return f"an NVIDIA GPU of compute capability {capability[0]}.{capability[1]} or newer ({series})"
+
+
 _INT8 = ("int8_tensorwise", "TensorWiseINT8Layout", (("per_channel", True),))
 _FP8 = ("float8_e4m3fn", "TensorCoreFP8E4M3Layout", (("scale", "recalculate"),))
 
@@ -266,6 +306,8 @@ FORMATS: Mapping[str, Format] = {
         Fp8("fp8_e4m3", *_FP8, multiple=16, smallest=256),
         Int8WeightOnly("int8_weight_only", "int8_tensorwise", INT8_WEIGHT_ONLY, weight_only=True),
         Int4WeightOnly("int4_weight_only", "int4_weight_only", INT4_WEIGHT_ONLY, weight_only=True, multiple=GROUP),
+        ConvRotInt4("convrot_w4a4", "convrot_w4a4", "TensorCoreConvRotW4A4Layout", multiple=256, smallest=256),
+        AsymW4A8("asym_w4a8_int8", "asym_w4a8_int8", "AsymW4A8Int8Layout", multiple=256, smallest=256, by_rows=False),
         NvFp4("nvfp4", "nvfp4", "TensorCoreNVFP4Layout", multiple=32, smallest=256, by_rows=False),
         MxFp8("mxfp8", "mxfp8", "TensorCoreMXFP8Layout", multiple=32, smallest=256, by_rows=False),
     )
