@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ...hotpath.attention import Attend, cudnn_attention, opaque_attention
 from ...hotpath.compiled import Bind
+from ...hotpath.sizes import as_size, from_size
 from ...hotpath.template import NotHoistable
 
 # What a block may ask of attention by name that changes nothing of what is traced.
@@ -26,6 +27,8 @@ _KNOWN = {
 }
 # The slices of a call that asks for exact attention.
 _EXACT = [3]
+# The entry of a region's inputs that holds counts of tokens.
+_SIZES = "sizes"
 # From ComfyUI 0.32 on, for its node Model Attention Backend.
 _CHOOSE = getattr(ModelPatcher, "set_model_optimized_attention", None)
 
@@ -69,6 +72,38 @@ def is_plain(attention: Any, options: Mapping[str, Any], patches: tuple[str, ...
         and not is_overridden(options)
         and not any(known.get(name) for name in patches)
     )
+
+
+def region_arguments(
+    inputs: Mapping[str, Any], like: Tensor, dynamic: bool, sizes: tuple[str, ...] = ()
+) -> dict[str, Any]:
+    """A block's arguments without its options, with those called ``sizes`` as sizes, by which a graph serves all."""
+    taken = {name: value for name, value in inputs.items() if name != "transformer_options"}
+    counts = [name for name in sizes if taken.get(name) is not None]
+    taken[_SIZES] = {name: as_size(taken.pop(name), like, dynamic) for name in counts}
+    return taken
+
+
+def block_arguments(inputs: Mapping[str, Any], options: Mapping[str, Any]) -> dict[str, Any]:
+    """What ``region_arguments`` took the block's arguments apart into, with these options."""
+    taken = {name: value for name, value in inputs.items() if name != _SIZES}
+    sizes = {name: from_size(size) for name, size in inputs[_SIZES].items()}
+    return {**taken, **sizes, "transformer_options": options}
+
+
+def bind_traced(inputs: Mapping[str, Any]) -> Mapping[str, Any]:
+    """No patch and no override: the block reads nothing else from its options."""
+    return block_arguments(inputs, {})
+
+
+def bind_cudnn(inputs: Mapping[str, Any]) -> Mapping[str, Any]:
+    """As ``bind_traced``, with cuDNN's attention where there is no mask."""
+    return block_arguments(inputs, {"optimized_attention_override": cudnn_first})
+
+
+def bind_called_out(inputs: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Attention as a call."""
+    return block_arguments(inputs, {"optimized_attention_override": called_out})
 
 
 def chosen(traced: Bind, with_cudnn: Bind, opaque: Bind) -> Callable[[Attend | None, Tensor], Bind]:

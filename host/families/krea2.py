@@ -10,11 +10,17 @@ import comfy.ldm.krea2.model as host
 from torch import Tensor, nn
 
 from ...hotpath.attention import Attend, opaque_attention
-from ...hotpath.sizes import as_size, from_size
-from .attention import chosen, cudnn_first, is_plain, mask_dims
+from .attention import (
+    bind_cudnn,
+    bind_traced,
+    block_arguments,
+    chosen,
+    is_plain,
+    mask_dims,
+    region_arguments,
+)
 from .kinds import BlockKind, Family, Interface, random_tensor
 
-_ZERO = "timestep_zero_index"
 _PATCHES = ("attn1_patch", "attn1_output_patch")
 
 
@@ -54,10 +60,7 @@ def _attend(
 
 def region_inputs(inputs: Mapping[str, Any], like: Tensor, dynamic: bool) -> dict[str, Any]:
     """See ``Interface``; where tokens of references begin is a size."""
-    taken = {name: value for name, value in inputs.items() if name != "transformer_options"}
-    if taken.get(_ZERO) is not None:
-        taken[_ZERO] = as_size(taken[_ZERO], like, dynamic)
-    return taken
+    return region_arguments(inputs, like, dynamic, ("timestep_zero_index",))
 
 
 def token_dims(inputs: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
@@ -66,23 +69,6 @@ def token_dims(inputs: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     both = mask is not None and mask.ndim > 1 and mask.shape[-2] > 1
     dims = {"x": (1,), "freqs": (2,), "mask": mask_dims(mask, both=both)}
     return {name: dims[name] for name in dims if inputs.get(name) is not None}
-
-
-def _arguments(inputs: Mapping[str, Any], options: Mapping[str, Any]) -> dict[str, Any]:
-    taken = {**inputs, "transformer_options": options}
-    if taken.get(_ZERO) is not None:
-        taken[_ZERO] = from_size(taken[_ZERO])
-    return taken
-
-
-def bind_traced(inputs: Mapping[str, Any]) -> Mapping[str, Any]:
-    """No patch and no override: the block reads nothing else from its options."""
-    return _arguments(inputs, {})
-
-
-def bind_cudnn(inputs: Mapping[str, Any]) -> Mapping[str, Any]:
-    """As ``bind_traced``, with cuDNN's attention where there is no mask."""
-    return _arguments(inputs, {"optimized_attention_override": cudnn_first})
 
 
 def bind_opaque(inputs: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -103,7 +89,7 @@ def bind_opaque(inputs: Mapping[str, Any]) -> Mapping[str, Any]:
 
     patches = {"attn1_patch": [call_out], "attn1_output_patch": [deliver]}
     options = {"block_index": 0, "patches": patches, "optimized_attention_override": skip_attention}
-    return _arguments(inputs, options)
+    return block_arguments(inputs, options)
 
 
 def conditioning(diffusion_model: Any, tokens: int) -> tuple[Tensor, dict[str, Any]]:

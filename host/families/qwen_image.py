@@ -11,11 +11,20 @@ import torch
 from torch import Tensor, nn
 
 from ...hotpath.attention import Attend, opaque_attention
-from ...hotpath.sizes import as_size, from_size
-from .attention import called_out, chosen, cudnn_first, is_plain, mask_dims, precision
+from .attention import (
+    bind_called_out,
+    bind_cudnn,
+    bind_traced,
+    block_arguments,
+    chosen,
+    is_plain,
+    mask_dims,
+    precision,
+    region_arguments,
+)
 from .kinds import BlockKind, Family, Interface, random_tensor
 
-_MASK, _ZERO = "encoder_hidden_states_mask", "timestep_zero_index"
+_MASK = "encoder_hidden_states_mask"
 
 
 def attention_for(options: Mapping[str, Any], block: nn.Module) -> Attend | None:
@@ -65,10 +74,7 @@ def _patch_and_attend(
 
 def region_inputs(inputs: Mapping[str, Any], like: Tensor, dynamic: bool) -> dict[str, Any]:
     """See ``Interface``; where tokens of references begin is a size."""
-    taken = {name: value for name, value in inputs.items() if name != "transformer_options"}
-    if taken.get(_ZERO) is not None:
-        taken[_ZERO] = as_size(taken[_ZERO], like, dynamic)
-    return taken
+    return region_arguments(inputs, like, dynamic, ("timestep_zero_index",))
 
 
 def token_dims(inputs: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
@@ -81,28 +87,6 @@ def token_dims(inputs: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
         _MASK: mask_dims(inputs.get(_MASK), both=False),
     }
     return {name: dims[name] for name in dims if inputs.get(name) is not None}
-
-
-def _arguments(inputs: Mapping[str, Any], options: Mapping[str, Any]) -> dict[str, Any]:
-    taken = {**inputs, "transformer_options": options}
-    if taken.get(_ZERO) is not None:
-        taken[_ZERO] = from_size(taken[_ZERO])
-    return taken
-
-
-def bind_traced(inputs: Mapping[str, Any]) -> Mapping[str, Any]:
-    """No patch and no override: the block reads nothing else from its options."""
-    return _arguments(inputs, {})
-
-
-def bind_cudnn(inputs: Mapping[str, Any]) -> Mapping[str, Any]:
-    """As ``bind_traced``, with cuDNN's attention where there is no mask."""
-    return _arguments(inputs, {"optimized_attention_override": cudnn_first})
-
-
-def bind_opaque(inputs: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Attention as a call."""
-    return _arguments(inputs, {"optimized_attention_override": called_out})
 
 
 def bind_patched(inputs: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -118,10 +102,10 @@ def bind_patched(inputs: Mapping[str, Any]) -> Mapping[str, Any]:
     def deliver(attend: Callable[..., Tensor], q: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         return result[0]
 
-    return _arguments(inputs, {"patches": {"attn1_patch": [call_out]}, "optimized_attention_override": deliver})
+    return block_arguments(inputs, {"patches": {"attn1_patch": [call_out]}, "optimized_attention_override": deliver})
 
 
-_bind_unpatched = chosen(bind_traced, bind_cudnn, bind_opaque)
+_bind_unpatched = chosen(bind_traced, bind_cudnn, bind_called_out)
 
 
 def bind_for(attend: Attend | None, like: Tensor) -> Callable[[Mapping[str, Any]], Mapping[str, Any]]:

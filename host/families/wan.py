@@ -10,11 +10,19 @@ import comfy.ldm.wan.model as host
 from torch import Tensor, nn
 
 from ...hotpath.attention import Attend, opaque_attention
-from ...hotpath.sizes import as_size, from_size
-from .attention import by_heads, called_out, chosen, cudnn_first, is_plain, precision
+from .attention import (
+    bind_cudnn,
+    bind_traced,
+    block_arguments,
+    by_heads,
+    called_out,
+    chosen,
+    is_plain,
+    precision,
+    region_arguments,
+)
 from .kinds import BlockKind, Family, Interface, random_tensor
 
-_IMAGE = "context_img_len"
 # What an opaque call stands for besides attention, told by its slices.
 _AFTER_SELF, _AFTER_CROSS = [1], [2]
 
@@ -51,11 +59,9 @@ def _attend(
 
 def region_inputs(inputs: Mapping[str, Any], like: Tensor, dynamic: bool) -> dict[str, Any]:
     """See ``Interface``; how many tokens of the context are an image's is a size."""
-    taken = {name: value for name, value in inputs.items() if name != "transformer_options"}
+    taken = region_arguments(inputs, like, dynamic, ("context_img_len",))
     # As the block itself begins; the first one gets a transposed view, whose strides would be another graph.
     taken["x"] = taken["x"].contiguous()
-    if taken.get(_IMAGE) is not None:
-        taken[_IMAGE] = as_size(taken[_IMAGE], like, dynamic)
     return taken
 
 
@@ -66,23 +72,6 @@ def token_dims(inputs: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     if inputs["e"].ndim == 4 and inputs["e"].shape[1] > 1:
         dims["e"] = (1,)
     return {name: dims[name] for name in dims if inputs.get(name) is not None}
-
-
-def _arguments(inputs: Mapping[str, Any], options: Mapping[str, Any]) -> dict[str, Any]:
-    taken = {**inputs, "transformer_options": options}
-    if taken.get(_IMAGE) is not None:
-        taken[_IMAGE] = from_size(taken[_IMAGE])
-    return taken
-
-
-def bind_traced(inputs: Mapping[str, Any]) -> Mapping[str, Any]:
-    """No patch and no override: the block reads nothing else from its options."""
-    return _arguments(inputs, {})
-
-
-def bind_cudnn(inputs: Mapping[str, Any]) -> Mapping[str, Any]:
-    """As ``bind_traced``, with cuDNN's attention."""
-    return _arguments(inputs, {"optimized_attention_override": cudnn_first})
 
 
 def bind_opaque(inputs: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -97,7 +86,7 @@ def bind_opaque(inputs: Mapping[str, Any]) -> Mapping[str, Any]:
         return opaque_attention(x, x, x, None, None, _AFTER_CROSS)
 
     patches = {"attn1_patch": [after_self], "attn2_patch": [after_cross]}
-    return _arguments(inputs, {"patches": patches, "optimized_attention_override": called_out})
+    return block_arguments(inputs, {"patches": patches, "optimized_attention_override": called_out})
 
 
 def conditioning(diffusion_model: Any, tokens: int) -> tuple[Tensor, dict[str, Any]]:

@@ -11,7 +11,16 @@ from torch import Tensor, nn
 
 from ...hotpath.attention import Attend
 from ...hotpath.template import NotHoistable
-from .attention import called_out, chosen, cudnn_first, is_plain, mask_dims, precision
+from .attention import (
+    bind_called_out,
+    bind_cudnn,
+    bind_traced,
+    chosen,
+    is_plain,
+    mask_dims,
+    precision,
+    region_arguments,
+)
 from .kinds import BlockKind, Family, Interface, random_tensor
 
 _ZERO = "timestep_zero_index"
@@ -45,32 +54,13 @@ def region_inputs(inputs: Mapping[str, Any], like: Tensor, dynamic: bool) -> dic
     """
     if inputs.get(_ZERO) is not None:
         raise NotHoistable("references give each block spans of tokens at another timestep, which it sorts by number")
-    return {name: value for name, value in inputs.items() if name != "transformer_options"}
+    return region_arguments(inputs, like, dynamic)
 
 
 def token_dims(inputs: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     """See ``Interface``: (batch, tokens, hidden) stream, (batch, tokens, 1, ...) rotary embedding, a mask."""
     dims = {"x": (1,), "freqs_cis": (1,), "x_mask": mask_dims(inputs.get("x_mask"), both=True)}
     return {name: dims[name] for name in dims if inputs.get(name) is not None}
-
-
-def _arguments(inputs: Mapping[str, Any], options: Mapping[str, Any]) -> dict[str, Any]:
-    return {**inputs, "transformer_options": options}
-
-
-def bind_traced(inputs: Mapping[str, Any]) -> Mapping[str, Any]:
-    """No override: the block reads nothing else from its options."""
-    return _arguments(inputs, {})
-
-
-def bind_cudnn(inputs: Mapping[str, Any]) -> Mapping[str, Any]:
-    """As ``bind_traced``, with cuDNN's attention where there is no mask."""
-    return _arguments(inputs, {"optimized_attention_override": cudnn_first})
-
-
-def bind_opaque(inputs: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Attention as a call."""
-    return _arguments(inputs, {"optimized_attention_override": called_out})
 
 
 def vector_layers(block: nn.Module) -> dict[str, nn.Module]:
@@ -86,7 +76,7 @@ def conditioning(diffusion_model: Any, tokens: int) -> tuple[Tensor, dict[str, A
 
 
 def _kind(name: str, attribute: str) -> BlockKind:
-    interface = Interface(attention_for, chosen(bind_traced, bind_cudnn, bind_opaque), region_inputs, token_dims)
+    interface = Interface(attention_for, chosen(bind_traced, bind_cudnn, bind_called_out), region_inputs, token_dims)
     return BlockKind(name, attribute, host.JointTransformerBlock, "x", 1, interface, "blocks", unread=("layer_id",))
 
 
