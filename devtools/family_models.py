@@ -102,6 +102,25 @@ def _wan(heads: int, blocks: int, text: int) -> dict[str, Any]:
     return {"dim": 128 * heads, "ffn_dim": 384 * heads, "num_heads": heads, "num_layers": blocks, "text_dim": text}
 
 
+def _ltx2(heads: int, blocks: int, text: int) -> dict[str, Any]:
+    sound = {"audio_num_attention_heads": heads, "audio_cross_attention_dim": 64 * heads}
+    connector = {"connector_attention_head_dim": 32, "connector_num_attention_heads": text // 32}
+    return {
+        "num_attention_heads": heads,
+        "cross_attention_dim": 128 * heads,
+        "caption_channels": text,
+        "num_layers": blocks,
+        **sound,
+        **connector,
+    }
+
+
+def _ltx23(heads: int, blocks: int, text: int) -> dict[str, Any]:
+    sound = {"audio_connector_attention_head_dim": 64, "audio_connector_num_attention_heads": heads}
+    connector = {"connector_attention_head_dim": 128, "connector_num_attention_heads": heads}
+    return {**_ltx2(heads, blocks, text), **connector, **sound}
+
+
 @dataclass(frozen=True)
 class Real:
     """A model of a family: the host's configuration of it, what of it depends on width and depth, and both as released
@@ -142,6 +161,21 @@ _Z_IMAGE = {
     "z_image_modulation": True,
     "time_scale": 1000.0,
     "pad_tokens_multiple": 32,
+}
+_LTX = {
+    "image_model": "ltxav",
+    "attention_head_dim": 128,
+    "audio_attention_head_dim": 64,
+    "rope_type": "split",
+    "use_middle_indices_grid": True,
+    "causal_temporal_positioning": True,
+    "connector_num_layers": 1,
+}
+_LTX_23 = {
+    "apply_gated_attention": True,
+    "cross_attention_adaln": True,
+    "caption_proj_before_connector": True,
+    "caption_projection_first_linear": False,
 }
 MODELS = {
     "hunyuan_video": Real("HunyuanVideo", {**_HUNYUAN, "guidance_embed": True}, _flux, 24, 20, 4096),
@@ -211,6 +245,8 @@ MODELS = {
         2304,
     ),
     "krea2": Real("Krea2", {"image_model": "krea2", "channels": 16, "patch": 2}, _krea2, 48, 28, 2560),
+    "ltx2": Real("LTXAV", _LTX, _ltx2, 32, 48, 3840),
+    "ltx23": Real("LTXAV", {**_LTX, **_LTX_23}, _ltx23, 32, 48, 3840),
     "wan_t2v": Real("WAN21_T2V", _WAN, _wan, 40, 40, 4096),
     "wan_i2v": Real("WAN21_I2V", {**_WAN, "in_dim": 36, "model_type": "i2v"}, _wan, 40, 40, 4096),
     "wan_ti2v_5b": Real("WAN22_T2V", {**_WAN, "in_dim": 48, "out_dim": 48}, _wan, 24, 30, 4096),

@@ -13,11 +13,12 @@ from ...hotpath.selection import select_blocks
 from .flux import FLUX
 from .hunyuan import HUNYUAN_3D, HUNYUAN_VIDEO
 from .kinds import BlockKind, Family
+from .ltx import LTX
 from .qwen_image import QWEN_IMAGE
 from .wan import WAN
 from .z_image import Z_IMAGE
 
-FAMILIES: tuple[Family, ...] = (FLUX, HUNYUAN_VIDEO, HUNYUAN_3D, QWEN_IMAGE, Z_IMAGE, WAN)
+FAMILIES: tuple[Family, ...] = (FLUX, HUNYUAN_VIDEO, HUNYUAN_3D, QWEN_IMAGE, Z_IMAGE, WAN, LTX)
 with suppress(ModuleNotFoundError):
     # Not in the oldest ComfyUI that is supported.
     from .krea2 import KREA2

@@ -254,7 +254,7 @@ def test_settings_of_inductor_and_passes_of_other_packs(change):
 
 
 @needs_ahead
-@pytest.mark.parametrize("name", ["qwen_image", "z_image", "wan_t2v", "krea2"])
+@pytest.mark.parametrize("name", ["qwen_image", "z_image", "wan_t2v", "krea2", "ltx2"])
 @pytest.mark.sweep(keep=["qwen_image"])
 def test_other_families_are_kept(name, restart):
     model = family_models.build(name, 2 if name in ("z_image", "krea2") else 1, 1, 64)
