@@ -67,6 +67,7 @@ def queue(page, sampler):
     page.queue()
 
 
+@pytest.mark.sweep(keep=["classic"])
 def test_from_the_search_box_to_compiled_and_over_a_reload(page, live):
     ids = page.load(workflow(live))
     node = page.add("Compile Repeated Blocks", (760, 500))
@@ -98,6 +99,7 @@ def test_from_the_search_box_to_compiled_and_over_a_reload(page, live):
     assert page.reads("compiled") == text
 
 
+@pytest.mark.sweep(keep=["Nodes 2.0"])
 def test_what_compiled_again_and_what_avoids_it(page, live):
     ids = page.load(compiled(live, page))
     page.queue()
@@ -122,6 +124,7 @@ def test_what_compiled_again_and_what_avoids_it(page, live):
     page.reads("compiled")
 
 
+@pytest.mark.sweep(keep=["classic"])
 def test_eager_with_the_reason_and_a_toast_unless_toasts_are_off(page, live):
     toast = page.page.get_by_role("alert").filter(has_text="HotPath: runs eager")
     why = "img_attn.proj (Linear) has a forward hook"
@@ -145,6 +148,7 @@ def test_eager_with_the_reason_and_a_toast_unless_toasts_are_off(page, live):
     assert toast.count() == 0
 
 
+@pytest.mark.sweep(keep=["Nodes 2.0"])
 def test_an_interrupt_while_it_compiles(page, live):
     page.load(compiled(live, page, backend="hotpath_dev_slow", dynamic="always"))
     page.queue()
@@ -153,6 +157,7 @@ def test_an_interrupt_while_it_compiles(page, live):
     assert page.reads("stopped").split() == ["\u25a0", "Stopped", "stopped:", "interrupted"]
 
 
+@pytest.mark.sweep(keep=["classic"])
 def test_the_menu_of_a_node_puts_compile_behind_its_model(page, live):
     ids = page.load(workflow(live))
     assert COMPILE in page.menu(page.place(ids["model"]))
@@ -164,6 +169,7 @@ def test_the_menu_of_a_node_puts_compile_behind_its_model(page, live):
     assert page.origin(ids["sampler"]) == ids["model"]
 
 
+@pytest.mark.sweep(keep=["Nodes 2.0"])
 def test_the_report_is_explained(page, live):
     dialog = page.page.locator(".hotpath-report")
     ids = page.load(compiled(live, page, report=True))
@@ -194,6 +200,7 @@ def test_the_menu_of_an_output_in_the_classic_canvas(page, live):
     assert COMPILE not in page.menu(page.place(ids["empty"], 0, output=True))
 
 
+@pytest.mark.sweep(keep=["classic"])
 def test_inside_a_subgraph_copied_and_in_another_tab(page, live):
     ids = page.load(compiled(live, page))
     page.page.evaluate(INTO_SUBGRAPH, ids["compile"])
@@ -211,6 +218,7 @@ def test_inside_a_subgraph_copied_and_in_another_tab(page, live):
     assert page.reads("compiled") == text
 
 
+@pytest.mark.sweep(keep=["Nodes 2.0"])
 def test_the_command_in_a_subgraph_whose_output_is_the_model(page, live):
     ids = page.load(workflow(live))
     page.page.evaluate(INTO_SUBGRAPH, ids["model"])
@@ -230,6 +238,7 @@ def contrast(page):
     return page.panel().evaluate(CONTRAST)
 
 
+@pytest.mark.sweep(keep=["classic-classic, light", "Nodes 2.0-Nodes 2.0, light"])
 def test_text_can_be_read_in_both_themes(page, light_page, live):
     for shown in (page, light_page):
         shown.load(compiled(live, shown))

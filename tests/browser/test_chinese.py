@@ -45,6 +45,7 @@ def page(browser, live, vue):
         assert shown.errors == []
 
 
+@pytest.mark.sweep(keep=["Nodes 2.0"])
 def test_a_node_its_tooltips_its_help_and_the_setting_are_in_chinese(page, live, vue):
     shown = page.page
     offload = page.load(sampling(live.checkpoint, live.flux, offload={}), {"offload": (200, 120)})["offload"]

@@ -1,5 +1,6 @@
 """The example workflows and the blueprint as a user gets at them, in the classic canvas and in Nodes 2.0."""
 
+import pytest
 from hotpath_pack.devtools.examples import BLUEPRINT, save_stand_ins, twins
 from hotpath_pack.devtools.workflows import sampling
 
@@ -30,6 +31,7 @@ async () => {
 """
 
 
+@pytest.mark.sweep(keep=["classic"])
 def test_each_example_opens_as_its_twin(live, page):
     save_stand_ins(live.server)
     first, *others = twins()
@@ -46,6 +48,7 @@ def test_each_example_opens_as_its_twin(live, page):
         assert (shown["unknown"], shown["overlapping"]) == ([], []), name
 
 
+@pytest.mark.sweep(keep=["Nodes 2.0"])
 def test_the_blueprint_from_the_search_box_to_compiled(live, page, request):
     # Another seed in each mode, or the host would take the sampler's result from its cache.
     ids = page.load(sampling(live.checkpoint, live.flux, width=128, height=128, steps=2, seed=len(request.node.name)))

@@ -3,11 +3,13 @@
 import os
 from pathlib import Path
 
+import pytest
 from hotpath_pack.devtools.soak import Soak, soak
 
 SETTINGS = ({"backend": "aot_eager"}, {"backend": "aot_eager", "dynamic": "always"})
 
 
+@pytest.mark.sweep
 def test_many_prompts_are_right_and_leave_nothing_behind():
     seen = soak(Path(os.environ["COMFYUI_PATH"]), 60, SETTINGS)
     assert len(seen.rss) == 60 and seen.settled == 24
