@@ -14,6 +14,9 @@ from .workflows import Workflow
 EXAMPLES = ROOT / "example_workflows"
 BLUEPRINT = ROOT / "subgraphs" / "Fast Flux.json"
 SITE = "https://huggingface.co/"
+_QWEN = "Comfy-Org/Qwen-Image_ComfyUI/resolve/main/split_files"
+_Z_IMAGE = "Comfy-Org/z_image_turbo/resolve/main/split_files"
+_WAN = "Comfy-Org/Wan_2.2_ComfyUI_Repackaged/resolve/main/split_files"
 # File -> the host's folder for it, and where to get it.
 MODELS = {
     "flux1-dev.safetensors": ("diffusion_models", "Comfy-Org/flux1-dev/resolve/main/flux1-dev.safetensors"),
@@ -44,6 +47,30 @@ MODELS = {
         "Comfy-Org/flux2-dev/resolve/main/split_files/text_encoders/mistral_3_small_flux2_fp8.safetensors",
     ),
     "ae.safetensors": ("vae", "Comfy-Org/Lumina_Image_2.0_Repackaged/resolve/main/split_files/vae/ae.safetensors"),
+    "qwen_image_fp8_e4m3fn.safetensors": (
+        "diffusion_models",
+        f"{_QWEN}/diffusion_models/qwen_image_fp8_e4m3fn.safetensors",
+    ),
+    "qwen_2.5_vl_7b_fp8_scaled.safetensors": (
+        "text_encoders",
+        f"{_QWEN}/text_encoders/qwen_2.5_vl_7b_fp8_scaled.safetensors",
+    ),
+    "qwen_image_vae.safetensors": ("vae", f"{_QWEN}/vae/qwen_image_vae.safetensors"),
+    "z_image_turbo_bf16.safetensors": (
+        "diffusion_models",
+        f"{_Z_IMAGE}/diffusion_models/z_image_turbo_bf16.safetensors",
+    ),
+    "qwen_3_4b.safetensors": ("text_encoders", f"{_Z_IMAGE}/text_encoders/qwen_3_4b.safetensors"),
+    "wan2.2_ti2v_5B_fp16.safetensors": (
+        "diffusion_models",
+        f"{_WAN}/diffusion_models/wan2.2_ti2v_5B_fp16.safetensors",
+    ),
+    "umt5_xxl_fp8_e4m3fn_scaled.safetensors": (
+        "text_encoders",
+        "Comfy-Org/Wan_2.1_ComfyUI_repackaged/resolve/main/split_files/text_encoders/"
+        "umt5_xxl_fp8_e4m3fn_scaled.safetensors",
+    ),
+    "wan2.2_vae.safetensors": ("vae", f"{_WAN}/vae/wan2.2_vae.safetensors"),
     "flux2-vae.safetensors": ("vae", "Comfy-Org/flux2-dev/resolve/main/split_files/vae/flux2-vae.safetensors"),
 }
 

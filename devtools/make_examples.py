@@ -1,7 +1,7 @@
 """Remakes what users open and add, in a real ComfyUI and browser: the example workflows with thumbnails, of their
 API-format twins, and the blueprint.
 
-Needs Playwright's Python package and a Chromium.
+Names of workflows as arguments remake these alone. Needs Playwright's Python package and a Chromium.
 """
 
 from __future__ import annotations
@@ -35,18 +35,25 @@ NOTES = {
     "to quantize. Pictures of other sizes compile nothing again.",
     "Flux 2 text to image": "Flux.2 dev is 35 GB in 8 bits. What doesn't fit on the card is streamed from RAM, which "
     "must hold the model, while the card computes.",
+    "Qwen-Image text to image": "Qwen-Image with its blocks compiled. All 60 are alike, so that one graph serves them, "
+    "whatever the size and the prompt. The file's weights are in fp8; with the bf16 file, **Quantize Repeated Blocks** "
+    "before the compile node does that more accurately.",
+    "Z-Image Turbo text to image": "Z-Image Turbo with its blocks compiled, the refiners before them too: two graphs "
+    "in all. **Compile Repeated Blocks** comes last on the MODEL line, after *ModelSamplingAuraFlow* and LoRA loaders.",
+    "Wan 2.2 text to video": "Wan 2.2 (5B) with its blocks compiled as one graph, for any size, length and prompt. On "
+    "a small card **Offload Repeated Blocks** goes before the compile node.",
     "Flux benchmark": "Measures a step of the model as it is and compiled, in turns, on made-up inputs. No text "
     "encoder and no VAE are needed. Put your own LoRAs and patches between the nodes.",
 }
 # Columns from left to right, of groups from top to bottom: title, colour, and the nodes in it.
 COLUMNS = (
-    (("Models", "#3f789e", "Loader|Lora"),),
+    (("Models", "#3f789e", "Loader|Lora|ModelSampling"),),
     (("HotPath", "#b06634", "^HotPath"), ("Picture", "#8a8", "LoadImage|ImageScale|VAEEncode")),
     (
-        ("Prompt and size", "#8a8", "CLIPTextEncode|ReferenceLatent|FluxGuidance|ZeroOut|Empty"),
+        ("Prompt and size", "#8a8", "CLIPTextEncode|ReferenceLatent|FluxGuidance|ZeroOut|Empty|ImageToVideoLatent"),
         ("Steps", "#88a", "Noise|Select|Scheduler"),
     ),
-    (("Sampling", "#88a", "KSampler|Guider|SamplerCustom"), ("Result", "#a88", "VAEDecode|SaveImage")),
+    (("Sampling", "#88a", "KSampler|Guider|SamplerCustom"), ("Result", "#a88", "VAEDecode|CreateVideo|Save")),
 )
 _ARRANGE = """
 async ([workflow, name, note, columns, models]) => {
@@ -222,10 +229,13 @@ def main(arguments: Sequence[str]) -> int:
     with HostServer(comfyui_folder()) as server, chromium() as browser:
         save_stand_ins(server)
         for name, workflow in twins().items():
+            if arguments and name not in arguments:
+                continue
             with canvas(browser, server) as shown:
                 make_workflow(shown, name, workflow)
-        with canvas(browser, server) as shown:
-            make_blueprint(shown)
+        if not arguments:
+            with canvas(browser, server) as shown:
+                make_blueprint(shown)
     return 0
 
 
