@@ -196,11 +196,12 @@ def plan_block(
     additions: Additions = lambda module: None,
     ignored: Collection[str] = (),
     owned: Collection[str] = (),
+    bookkeeping: Collection[str] = (),
 ) -> BlockPlan:
     """Build the template of ``block`` from its structure, without reading or copying a weight.
 
-    ``ignored`` are attributes of the block that no forward reads, such as its number, and ``owned`` parameters that its
-    modules may have outside of known layers.
+    ``ignored`` are attributes of the block that no forward reads, such as its number, ``bookkeeping`` those that what
+    moves weights leaves on any module, and ``owned`` parameters that its modules may have outside of known layers.
 
     Raises:
         NotHoistable: some module of the block has hooks, an overridden forward, other parameters or buffers outside
@@ -235,9 +236,8 @@ def plan_block(
         own = {name: None if value is None else tuple(value.shape) for name, value in module._parameters.items()}
         if addition is not None or module._buffers or not own.keys() <= set(owned):
             raise NotHoistable(f"{path or 'the block'} ({type(module).__name__}) holds weights outside a known layer")
-        values = own_state(module)
-        if not path:
-            values = {name: value for name, value in values.items() if name not in ignored}
+        unread = (*bookkeeping, *(() if path else ignored))
+        values = {name: value for name, value in own_state(module).items() if name not in unread}
         for name, value in values.items():
             if not is_plain(value):
                 raise NotHoistable(f"{path or 'the block'}.{name} is a {type(value).__name__}, which can't be copied")

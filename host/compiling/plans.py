@@ -11,6 +11,7 @@ from ...hotpath.template import BlockPlan, NotHoistable, plan_block
 from ..families import as_twin
 from ..families.kinds import BlockKind
 from ..layers.bypass import bypass_addition
+from ..layers.containers import BOOKKEEPING
 from ..residency.weights import Layers, layer_states, plain_layers
 
 
@@ -29,7 +30,7 @@ class Plans:
                 return plan, plan.layers(block)
             except NotHoistable:
                 del self._plans[block]
-        known = (layer_states, bypass_addition, kind.ignored, kind.owned)
+        known = (layer_states, bypass_addition, kind.ignored, kind.owned, BOOKKEEPING)
         plan = self._plans[block] = plan_block(block, plain_layers(block, self._fuses), *known)
         as_twin(plan.template)
         return plan, plan.layers(block)

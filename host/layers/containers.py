@@ -21,6 +21,8 @@ from ...hotpath.template import NotHoistable, is_plain, own_state
 _HOST = "comfy"
 # Their state is set when they are made; asking for it at each call of each block would cost time.
 _SETTLED = (comfy.ldm.flux.layers.__name__, "torch.nn.modules")
+# What the host leaves on modules whose weights it has loaded whole, for itself alone.
+BOOKKEEPING = ("comfy_patched_weights",)
 _KEEPERS = (Mapping, MutableSequence, Set)
 _PREFERENCE, _PREFERENCE_CLASS = "comfy_attention", "ComfyAttention"
 # Run by what loads and saves, never by a forward.
@@ -71,7 +73,8 @@ def container_state(kind: type) -> Callable[[Any], Hashable] | None:
 
 
 def _state(module: nn.Module) -> Hashable:
-    return tuple((name, value if is_plain(value) else id(value)) for name, value in own_state(module).items())
+    state = ((name, value) for name, value in own_state(module).items() if name not in BOOKKEEPING)
+    return tuple((name, value if is_plain(value) else id(value)) for name, value in state)
 
 
 def _methods(kind: type) -> Iterator[FunctionType]:

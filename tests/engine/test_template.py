@@ -59,6 +59,13 @@ def test_the_template_holds_no_memory():
     assert all(parameter.is_meta for parameter in plan.template.parameters())
 
 
+def test_what_is_left_on_modules_by_who_moves_their_weights_is_no_structure():
+    block = Block()
+    block.moved = True
+    assert plan_block(block, plain_layer).key != plan_block(Block(), plain_layer).key
+    assert plan_block(block, plain_layer, bookkeeping=("moved",)).key == plan_block(Block(), plain_layer).key
+
+
 def test_equal_structures_share_a_key_and_different_ones_do_not():
     key = plan_block(Block(), plain_layer).key
     assert plan_block(Block(), plain_layer).key == key

@@ -132,7 +132,7 @@ def lora(model, rank=4):
     return weights
 
 
-@pytest.mark.parametrize("name", [*OTHERS[:3], "hunyuan_video"])
+@pytest.mark.parametrize("name", [*OTHERS[:3], "krea2", "hunyuan_video"])
 @pytest.mark.sweep(keep=["wan_t2v", "hunyuan_video"])
 def test_loras_and_low_vram_take_the_same_graphs(name):
     model = tiny(name)
