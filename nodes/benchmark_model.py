@@ -28,7 +28,9 @@ class BenchmarkModel(io.ComfyNode):
             search_aliases=["benchmark", "speed test", "step time", "it/s", "compare models", "hotpath"],
             inputs=[
                 io.Model.Input(
-                    "model", tooltip="A Flux, Chroma, Qwen-Image, Z-Image, Wan or Hunyuan model. It is not changed."
+                    "model",
+                    tooltip="A Flux, Chroma, Qwen-Image, Z-Image, Wan, LTX-Video 2 or Hunyuan model. "
+                    "It is not changed.",
                 ),
                 io.Int.Input("width", default=1024, min=16, max=16384, step=16, tooltip="Width in pixels."),
                 io.Int.Input("height", default=1024, min=16, max=16384, step=16, tooltip="Height in pixels."),

@@ -28,7 +28,9 @@ class OffloadRepeatedBlocks(io.ComfyNode):
             search_aliases=["offload", "block swap", "low vram", "streaming", "flux 12 GB", "memory", "hotpath"],
             inputs=[
                 io.Model.Input(
-                    "model", tooltip="A Flux, Chroma, Qwen-Image, Z-Image, Wan or Hunyuan model. It is not changed."
+                    "model",
+                    tooltip="A Flux, Chroma, Qwen-Image, Z-Image, Wan, LTX-Video 2 or Hunyuan model. "
+                    "It is not changed.",
                 ),
                 io.String.Input(
                     "budget",

@@ -30,7 +30,7 @@ class QuantizeRepeatedBlocks(io.ComfyNode):
             inputs=[
                 io.Model.Input(
                     "model",
-                    tooltip="A Flux, Chroma, Qwen-Image, Z-Image, Wan or Hunyuan model in full precision. "
+                    tooltip="A Flux, Chroma, Qwen-Image, Z-Image, Wan, LTX-Video 2 or Hunyuan model in full precision. "
                     "It is not changed.",
                 ),
                 io.Combo.Input(
