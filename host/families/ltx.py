@@ -34,8 +34,16 @@ _TIMESTEPS = (
 _CONTEXTS = ("v_context", "a_context")
 # Options by which another node leaves parts of a block out.
 _PARTS = ("run_vx", "run_ax", "a2v_cross_attn", "v2a_cross_attn")
-# What the forward of this version of the host names; a newer one may read more of the options.
-_NAMED = frozenset(name for name in host.BasicAVTransformerBlock.forward.__code__.co_consts if isinstance(name, str))
+# What blocks name in this version of the host, by which a newer one may read more of the options; this it does.
+_NAMED = {
+    "stg_skip_self_attn",
+    *(
+        name
+        for kind in (host.BasicAVTransformerBlock, host.CrossAttention, host.FeedForward)
+        for name in kind.forward.__code__.co_consts
+        if isinstance(name, str)
+    ),
+}
 # Entries of a region's inputs: tokens that each timestep is for, whether a rotation is of halves, which parts run.
 _TOKENS, _HALVES, _RUN = "tokens", "halves", "run"
 
@@ -66,7 +74,8 @@ def region_inputs(inputs: Mapping[str, Any], like: Tensor, dynamic: bool) -> dic
     """See ``Interface``; timesteps as the host keeps them, with the tokens that each is for as a size.
 
     Raises:
-        NotHoistable: guides weaken attention, or blocks read an option that no region knows.
+        NotHoistable: guides weaken attention, blocks read an option that no region knows, or the host is older than
+            one tensor for a rotation.
     """
     options = inputs.get("transformer_options") or {}
     unknown = _NAMED.intersection(options).difference(_PARTS)
@@ -80,6 +89,8 @@ def region_inputs(inputs: Mapping[str, Any], like: Tensor, dynamic: bool) -> dic
     taken[_HALVES], taken[_TOKENS] = {}, {}
     for name in _ROTATIONS:
         if taken.get(name) is not None:
+            if len(taken[name]) != 2:
+                raise NotHoistable("this ComfyUI gives the rotations of LTX-Video 2 in an older form")
             taken[name], halves = taken[name]
             taken[_HALVES][name] = int(halves)
     for name in _TIMESTEPS:

@@ -5,7 +5,7 @@ import pytest
 import torch
 from comfy.nested_tensor import NestedTensor
 from hotpath_pack.devtools import family_models
-from hotpath_pack.host.families import family_of, ltx
+from hotpath_pack.host.families import family_of
 from hotpath_pack.host.measuring.synthetic import Inputs
 from hotpath_pack.host.measuring.synthetic import sample as sample_synthetic
 from sampling import TOLERANCE, Counting, compiled, compiled_blocks
@@ -107,8 +107,7 @@ def test_parts_that_another_node_leaves_out_are_left_out(part):
     assert (sample(less) - sample(model)).abs().max() > 1e-3
 
 
-def test_an_option_that_blocks_come_to_read_runs_eager_and_says_so(monkeypatch):
-    monkeypatch.setattr(ltx, "_NAMED", ltx._NAMED | {"stg_skip_self_attn"})
+def test_an_option_that_no_region_knows_runs_eager_and_says_so():
     model = with_options(tiny(blocks=1), stg_skip_self_attn=True)
     fast = compiled(model, backend="eager", on_failure="eager")
     assert_parity(model, fast)
