@@ -13,12 +13,25 @@ from hotpath_pack.host import NEWEST_HOST
 HERE = Path(__file__).parent
 
 
-@pytest.mark.skipif(__version__ != NEWEST_HOST, reason="the copy is made from the newest ComfyUI that can be installed")
-def test_blocks_of_the_newest_structure(tmp_path):
-    host = Path(os.environ["COMFYUI_PATH"])
-    env = {**os.environ, "COMFYUI_PATH": str(make_newest(host, tmp_path / "ComfyUI"))}
-    tests = [HERE / "test_newest_structure.py", f"{HERE / 'test_patches.py'}::test_patches_combine"]
-    line = [sys.executable, "-m", "pytest", "-c", HERE.parent / "pytest.ini", *tests, "-n", "0", "-q"]
+pytestmark = pytest.mark.skipif(
+    __version__ != NEWEST_HOST, reason="the copy is made from the newest ComfyUI that can be installed"
+)
+
+
+def run_in_copy(folder, selection, number):
+    """Run as many tests of its structure as are selected."""
+    env = {**os.environ, "COMFYUI_PATH": str(make_newest(Path(os.environ["COMFYUI_PATH"]), folder / "ComfyUI"))}
+    line = [sys.executable, "-m", "pytest", "-c", HERE.parent / "pytest.ini", HERE / "test_newest_structure.py"]
+    line += ["-k", selection, "-n", "0", "-q"]
     done = subprocess.run(line, env=env, cwd=HERE.parent, capture_output=True, text=True, timeout=850)
     assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
-    assert " passed" in done.stdout
+    assert f"{number} passed" in done.stdout
+
+
+def test_nothing_runs_eager_and_what_a_block_prefers_is_honoured(tmp_path):
+    run_in_copy(tmp_path, "nothing_runs_eager or honoured or brings_one", 3)
+
+
+@pytest.mark.sweep
+def test_what_is_kept_and_patches_around_attention(tmp_path):
+    run_in_copy(tmp_path, "are_kept or goes_with_patches", 3)

@@ -79,20 +79,20 @@ def test_blocks_are_kept_with_their_norms_as_plain_operations(tmp_path, monkeypa
 
 
 def test_an_attention_that_blocks_prefer_is_honoured_and_costs_two_graphs(flux):
-    plain = sample(flux)
+    plain = sample(flux, **SMALL)
     fast = compiled(flux)
-    assert_parity(flux, fast)
+    assert_parity(flux, fast, **SMALL)
     images = [plain]
     with Counting() as counting:
         for gain in (0.3, 2.0):
             prefer(flux, preferring(gain))
-            assert_parity(flux, fast)
-            images.append(sample(fast))
+            assert_parity(flux, fast, **SMALL)
+            images.append(sample(fast, **SMALL))
         prefer(flux, preferring(0.3), blocks=["single_blocks"])
-        assert_parity(flux, fast)
-        images.append(sample(fast))
+        assert_parity(flux, fast, **SMALL)
+        images.append(sample(fast, **SMALL))
         prefer(flux, None)
-        assert_parity(flux, fast)
+        assert_parity(flux, fast, **SMALL)
     assert (counting.graphs, counting.breaks) == (2, 0)
     assert compiled_blocks(fast).eager == {} and dict(compiled_blocks(fast).compiled) == {"double": 2, "single": 3}
     for index, image in enumerate(images):
