@@ -80,6 +80,9 @@ def _state(module: nn.Module) -> Hashable:
 def _methods(kind: type) -> Iterator[FunctionType]:
     """All functions of the class that may run within its forward."""
     for base in kind.__mro__[: kind.__mro__.index(nn.Module)]:
+        if base.__module__.startswith(_SETTLED):
+            # PyTorch's own, of which the host's may be a kind: what of it stores never runs in a forward.
+            continue
         for name, member in vars(base).items():
             function = getattr(member, "fget", getattr(member, "__func__", member))
             if isinstance(function, FunctionType) and not name.startswith(_NO_PART_OF_FORWARD):

@@ -35,6 +35,20 @@ class Scaled(nn.Module):
         return torch.tanh(x) * self.factor
 
 
+class Folded(nn.Sequential):
+    def __init__(self):
+        super().__init__(Scaled(), nn.Tanh())
+
+    def forward(self, x):
+        return self[1](self[0](x)) * 2
+
+
+class FoldedThatCounts(Folded):
+    def forward(self, x):
+        self.calls = len(self)
+        return super().forward(x)
+
+
 class Counts(Scaled):
     calls = 0
 
@@ -98,6 +112,7 @@ class Hooked(Scaled):
 """
 
 REFUSED = {
+    "FoldedThatCounts": "comfy.ldm.newer.FoldedThatCounts changes calls in its forward, which a template can't copy",
     "Counts": "comfy.ldm.newer.Counts changes calls in its forward, which a template can't copy",
     "CountsInside": "comfy.ldm.newer.CountsInside changes factor in its inner, which a template can't copy",
     "LooksItselfUp": "comfy.ldm.newer.LooksItselfUp reads MEMORY of its file in its forward",
@@ -137,11 +152,12 @@ def refused(model, kind):
     return str(reason.value)
 
 
-def test_modules_of_the_host_with_plain_state_are_taken_whatever_they_are_called(flux, newer):
+@pytest.mark.parametrize("kind", ["Scaled", "Folded"])
+def test_modules_of_the_host_with_plain_state_are_taken_whatever_they_are_called(flux, newer, kind):
     for block in [*flux.model.diffusion_model.double_blocks, *flux.model.diffusion_model.single_blocks]:
         block.nothing = newer.Nothing()
     plain = sample(flux)
-    with_activation(flux, newer.Scaled)
+    with_activation(flux, getattr(newer, kind))
     assert (sample(flux) - plain).abs().max() > 1e-3, "the module does nothing"
     fast = compiled(flux)
     assert_parity(flux, fast)
