@@ -5,6 +5,7 @@
     python -m benchmarks.gpu --card 8 12 16 24 [--resident] [--json FILE]
     python -m benchmarks.gpu --small [--shapes NAME ...] [--sizes N ...] [--sides NAME ...] [--json FILE]
     python -m benchmarks.gpu --family NAME [--layers N] [--formats NAME] [--json FILE]
+    python -m benchmarks.gpu --devices N [--shapes NAME ...] [--sizes N ...] [--json FILE]
 
 Needs ``COMFYUI_PATH``; ``devtools.trimmed`` gathers a small one, with wheels, for a machine without a network.
 """
@@ -39,7 +40,7 @@ from devtools.gpu_host import (
     time_steps,
 )
 
-from . import cards, families, start
+from . import cards, devices, families, start
 
 GIB = 2**30
 BLOCKS = (19, 38)
@@ -95,6 +96,7 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument(
         "--sizes", type=positive, nargs="*", default=(), metavar="N", help="with --small: 256, 512, 1024"
     )
+    parser.add_argument("--devices", type=positive, metavar="N", help="only over so many GPUs, beside one")
     parser.add_argument("--family", choices=families.RUNS, help="only a model of another family")
     parser.add_argument("--layers", type=positive, metavar="N", help="with --family: blocks in each of its lists")
     parser.add_argument("--json", type=Path, metavar="FILE")
@@ -102,6 +104,12 @@ def main(arguments: Sequence[str]) -> int:
     if given.family:
         format = (given.formats or ["fp8_e4m3_rowwise"])[0]
         families.measure(given.family, given.layers, None, IMAGE_STEPS // ROUNDS // 2, format, given.json)
+        return 0
+    if given.devices:
+        for shape in given.shapes or devices.SHAPES:
+            sizes, steps = given.sizes or devices.SIZES, IMAGE_STEPS // ROUNDS // 2
+            file = given.json and given.json.with_stem(f"{given.json.stem}_{shape}")
+            devices.measure(given.devices, shape, given.blocks, None, sizes, steps, file)
         return 0
     if given.start:
         blocks = tuple(given.blocks or START_BLOCKS)

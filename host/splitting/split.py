@@ -4,7 +4,7 @@ For the length of a call the forward of the diffusion model that has its tokens 
 routed here. Each device runs it with its own copy of the model, on its share of each stream, in a thread of its own; at
 attention they exchange keys and values (``hotpath/split.py``). All around it runs once, as without: samplers, CFG,
 wrappers and step caches of other packs see whole tensors. Blocks that are compiled are compiled in the copies alike:
-attention is a call there, as with patches, so a structure is one graph whatever the device.
+attention is a call there, as with patches, so a structure is one graph for each device.
 
 What can't be shared out runs on one device, with the reason on the node: patches and attention of other packs, whole
 model compile, Offload Repeated Blocks, the host's own CFG split, hooks. So does the rest of a run in which a device
