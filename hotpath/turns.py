@@ -6,17 +6,20 @@ that no two wait for each other, and none waits longer than ``PATIENCE``: then i
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 import threading
 import time
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 # Seconds. Kernels that are looked for one by one take minutes.
 PATIENCE = 600.0
 _POLL = 0.1
+# What a system says of a lock that another process has; anything else is of a file system without locks.
+_TAKEN = (errno.EAGAIN, errno.EACCES)
 
 _held: set[Path] = set()
 _lock = threading.Lock()
@@ -41,15 +44,16 @@ class Turn:
                 return False
             alone = not _held
         ends = time.monotonic() + ((PATIENCE if patience is None else patience) if alone else 0)
-        # Without the folder there is nothing to wait for, and storing says so.
-        with suppress(OSError):
+        # Without a folder or its locks there is nothing to wait for, and storing says so.
+        with suppress(OSError), ExitStack() as unless_taken:
             path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o600)
+            unless_taken.callback(os.close, descriptor)
             while not _try_lock(descriptor):
                 if time.monotonic() >= ends:
-                    os.close(descriptor)
                     return True
                 time.sleep(_POLL)
+            unless_taken.pop_all()
             with _lock:
                 self._descriptor = descriptor
                 _held.add(path)
@@ -94,6 +98,8 @@ def _try_lock(descriptor: int) -> bool:
             import fcntl
 
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+    except OSError as error:
+        if error.errno not in _TAKEN:
+            raise
         return False
     return True

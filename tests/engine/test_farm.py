@@ -1,5 +1,6 @@
 """Workers that share a store: of three that start at once one compiles, and none waits for one that was killed."""
 
+import errno
 import json
 import select
 import signal
@@ -113,3 +114,19 @@ def test_a_turn_is_one_processs_at_a_time_and_whoever_has_one_waits_for_no_other
     assert again.take()
     again.leave()
     assert not Turn(None).take()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="its locks are of another module")
+def test_nobody_waits_where_a_file_system_has_no_locks(tmp_path, monkeypatch):
+    import fcntl
+
+    def unsupported(*args):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", unsupported)
+    turn, started = Turn(tmp_path / "a.kept"), time.monotonic()
+    with turn:
+        assert turn.take() and time.monotonic() - started < turns.PATIENCE / 10
+    monkeypatch.undo()
+    with turn:
+        assert turn.take() and not turn.take()
