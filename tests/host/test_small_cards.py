@@ -4,6 +4,7 @@ import comfy.model_management
 import pytest
 import torch
 from comfy.model_patcher import ModelPatcher, ModelPatcherDynamic
+from comfy.quant_ops import get_layout_class
 from hotpath_pack.devtools import checkpoints
 from hotpath_pack.host.quantizing import formats
 from hotpath_pack.host.residency import dynamic_vram, modulation, streaming
@@ -65,9 +66,13 @@ def test_blocks_that_do_not_arrive_ahead_are_moved_by_the_host(flux, monkeypatch
 @pytest.mark.parametrize("format", formats.FORMATS.values(), ids=list(formats.FORMATS))
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_a_weight_quantized_some_rows_at_a_time_has_the_same_bits(monkeypatch, format, dtype):
-    weight = torch.randn(256, 128, generator=torch.Generator().manual_seed(0)).to(dtype)
+    try:
+        get_layout_class(format.layout)
+    except KeyError:
+        pytest.skip(f"this ComfyUI has no {format.layout}")
+    weight = torch.randn(256, 256, generator=torch.Generator().manual_seed(0)).to(dtype)
     whole = formats.QuantizedTensor.from_float(weight.float(), format.layout, **dict(format.options)).to(dtype)
-    monkeypatch.setattr(formats, "AT_ONCE", 128 * 50)
+    monkeypatch.setattr(formats, "AT_ONCE", 256 * 50)
     parts = format.quantize(weight, dtype)
     assert parts._params.orig_shape == whole._params.orig_shape and parts._params.orig_dtype == dtype
     assert torch.equal(parts._qdata.view(torch.uint8), whole._qdata.view(torch.uint8))
