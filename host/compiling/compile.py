@@ -264,7 +264,9 @@ class CompiledBlocks(Ledger):
                 activation = inputs[kind.activation]
                 if torch.is_grad_enabled():
                     raise NotHoistable("gradients are being recorded, and weights enter a region without theirs")
-                attend = kind.interface.attention_for(inputs.get("transformer_options", {}), block)
+                options = inputs.get("transformer_options", {})
+                kind.refuse_unknown(options)
+                attend = kind.interface.attention_for(options, block)
                 plan, layers = self.plans.of(kind, block)
             if plan.given:
                 vector = kind.interface.vector

@@ -15,6 +15,7 @@ from ...hotpath.attention import Attend
 from ...hotpath.compiled import Bind
 from ...hotpath.template import NotHoistable, refuse_bolted_on
 from ..residency.weights import class_name, refuse_replaced_forward
+from .reads import ANY, options_read
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,8 @@ class Interface:
         region_inputs: (inputs, activation, dynamic) -> the block's arguments as a region takes them: tensors and what
             stays the same from step to step, with token counts as sizes that are ``dynamic``.
         token_dims: the token dimensions of those of these inputs that have any.
+        reads: the options that ``attention_for``, ``bind_for`` and ``region_inputs`` take care of, of those that blocks
+            read themselves.
         vector: the input that modulation is made from, where it can be made ahead of time.
     """
 
@@ -36,6 +39,7 @@ class Interface:
     region_inputs: Callable[[Mapping[str, Any], Tensor, bool], dict[str, Any]]
     token_dims: Callable[[Mapping[str, Any]], dict[str, tuple[int, ...]]]
     vector: str = ""
+    reads: tuple[str, ...] = ("patches",)
 
 
 @dataclass(frozen=True)
@@ -82,6 +86,20 @@ class BlockKind:
     def ignored(self) -> frozenset[str]:
         """Those of ``unread`` that the forward of this version of the host does not name."""
         return frozenset(self.unread) - set(self.block.forward.__code__.co_names)
+
+    @functools.cached_property
+    def unknown_options(self) -> frozenset[str]:
+        """Options that the blocks of this version of the host read and that a region would not give them."""
+        return options_read(self.block).difference(self.interface.reads)
+
+    def refuse_unknown(self, options: Mapping[str, Any]) -> None:
+        """Raise NotHoistable where ``options`` hold what ``unknown_options`` names."""
+        if not self.unknown_options:
+            return
+        given = sorted(self.unknown_options.intersection(options))
+        if given or (ANY in self.unknown_options and options):
+            read = f"the option {given[0]}" if given else "options"
+            raise NotHoistable(f"in this version of ComfyUI it reads {read} in a way that HotPath does not know")
 
     def refuse_foreign(self, block: nn.Module) -> None:
         """Raise NotHoistable for a block of another class, or with another forward than the host's."""

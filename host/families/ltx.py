@@ -34,16 +34,6 @@ _TIMESTEPS = (
 _CONTEXTS = ("v_context", "a_context")
 # Options by which another node leaves parts of a block out.
 _PARTS = ("run_vx", "run_ax", "a2v_cross_attn", "v2a_cross_attn")
-# What blocks name in this version of the host, by which a newer one may read more of the options; this it does.
-_NAMED = {
-    "stg_skip_self_attn",
-    *(
-        name
-        for kind in (host.BasicAVTransformerBlock, host.CrossAttention, host.FeedForward)
-        for name in kind.forward.__code__.co_consts
-        if isinstance(name, str)
-    ),
-}
 # Entries of a region's inputs: tokens that each timestep is for, whether a rotation is of halves, which parts run.
 _TOKENS, _HALVES, _RUN = "tokens", "halves", "run"
 
@@ -74,13 +64,9 @@ def region_inputs(inputs: Mapping[str, Any], like: Tensor, dynamic: bool) -> dic
     """See ``Interface``; timesteps as the host keeps them, with the tokens that each is for as a size.
 
     Raises:
-        NotHoistable: guides weaken attention, blocks read an option that no region knows, or the host is older than
-            one tensor for a rotation.
+        NotHoistable: guides weaken attention, or the host is older than one tensor for a rotation.
     """
     options = inputs.get("transformer_options") or {}
-    unknown = _NAMED.intersection(options).difference(_PARTS)
-    if unknown:
-        raise NotHoistable(f"a node sets {', '.join(sorted(unknown))}, which blocks read and no region knows")
     for name in ("attention_mask", "self_attention_mask"):
         if not isinstance(inputs.get(name), (Tensor, type(None))):
             raise NotHoistable("guides of less than full strength give attention a mask for each kind of token")
@@ -164,7 +150,9 @@ LTX = Family(
             host.BasicAVTransformerBlock,
             "v_context",
             2,
-            Interface(attention_for, chosen(bind_traced, bind_cudnn, bind_opaque), region_inputs, token_dims),
+            Interface(
+                attention_for, chosen(bind_traced, bind_cudnn, bind_opaque), region_inputs, token_dims, reads=_PARTS
+            ),
             "blocks",
             owned=(
                 "scale_shift_table",

@@ -18,7 +18,6 @@ import logging
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from types import MappingProxyType
 from typing import Any
 
 import comfy.model_management
@@ -33,6 +32,7 @@ from ...hotpath.split import Crew, DeviceFailed, Exchange, NotShared, places_of,
 from ..compiling.compile import compiled_blocks
 from ..families import FAMILIES, kinds_of, require_family
 from ..families.kinds import SharedForward
+from ..model_call import ModelCall
 from ..models import require_model, why_untouched
 from ..residency.offload import KEY as OFFLOAD
 from ..telling.accounting import Route, routed, routes_to
@@ -173,26 +173,17 @@ class SplitBlocks:
         for copy in copies:
             copy.cleanup()
 
-    def __call__(
-        self,
-        executor: WrapperExecutor,
-        x: Tensor,
-        t: Tensor,
-        c_concat: Tensor | None = None,
-        c_crossattn: Tensor | None = None,
-        control: Any = None,
-        transformer_options: Mapping[str, Any] = MappingProxyType({}),
-        **kwargs: Any,
-    ) -> Any:
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """A wrapper of the host's ``apply_model``; arguments are passed on untouched."""
-        diffusion_model: Any = executor.class_obj.diffusion_model
-        steps, why_not = self.steps, self.why_not or self._why_not_now(executor.class_obj, transformer_options)
+        call = ModelCall.read(*args, **kwargs)
+        diffusion_model: Any = call.model.diffusion_model
+        steps, why_not = self.steps, self.why_not or self._why_not_now(call.model, call.options)
         route = None
         if not why_not:
             route = partial(self._forward, diffusion_model, getattr(diffusion_model, self._shared.name))
             setattr(diffusion_model, self._shared.name, route)
         try:
-            out = executor(x, t, c_concat, c_crossattn, control, transformer_options, **kwargs)
+            out = call.run()
         finally:
             if route is not None and diffusion_model.__dict__.get(self._shared.name) is route:
                 delattr(diffusion_model, self._shared.name)

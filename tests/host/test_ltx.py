@@ -1,11 +1,13 @@
 """LTX-Video 2: a video and its sound, both of its block's streams, in one graph."""
 
+import comfy.ldm.lightricks.av_model
 import comfy.sample
 import pytest
 import torch
 from comfy.nested_tensor import NestedTensor
 from hotpath_pack.devtools import family_models
 from hotpath_pack.host.families import family_of
+from hotpath_pack.host.families.reads import options_read
 from hotpath_pack.host.measuring.synthetic import Inputs
 from hotpath_pack.host.measuring.synthetic import sample as sample_synthetic
 from sampling import TOLERANCE, Counting, compiled, compiled_blocks
@@ -107,11 +109,13 @@ def test_parts_that_another_node_leaves_out_are_left_out(part):
     assert (sample(less) - sample(model)).abs().max() > 1e-3
 
 
-def test_an_option_that_no_region_knows_runs_eager_and_says_so():
+def test_an_option_that_no_region_knows_runs_eager_where_blocks_read_it():
+    """As those of ComfyUI 0.33 do."""
     model = with_options(tiny(blocks=1), stg_skip_self_attn=True)
     fast = compiled(model, backend="eager", on_failure="eager")
     assert_parity(model, fast)
-    assert any("stg_skip_self_attn" in reason for reason in compiled_blocks(fast).eager)
+    read = "stg_skip_self_attn" in options_read(comfy.ldm.lightricks.av_model.BasicAVTransformerBlock)
+    assert any("stg_skip_self_attn" in reason for reason in compiled_blocks(fast).eager) == read
 
 
 @pytest.mark.sweep
