@@ -377,7 +377,7 @@ for folder in Path(sys.argv[1]).parent, Path(sys.argv[1]):
     sys.path.insert(0, str(folder))
     spec = importlib.util.spec_from_file_location(f"conftest_of_{folder.name}", folder / "conftest.py")
     spec.loader.exec_module(importlib.util.module_from_spec(spec))
-from hotpath_pack.host.diffusers_load import load_folder
+from hotpath_pack.host.diffusers_folders.load import load_folder
 
 def size(name):
     lines = Path("/proc/self/status").read_text().splitlines()
