@@ -21,6 +21,7 @@ def test_two_graphs_and_what_eager_gives(as_on_hopper, make):
     assert_two_graphs(load(make(1, 1)))
 
 
+@pytest.mark.sweep
 def test_chroma_with_its_mask_and_a_batch(as_on_hopper):
     model = load(checkpoints.chroma(1, 1))
     fast = compiled(model, backend="eager")

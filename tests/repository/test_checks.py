@@ -100,7 +100,7 @@ def test_metadata_for_the_registry():
 PIPES = ("behind.py", "helper.py")
 # What keeps compiled blocks, below the user's and the output folder, by names that no client chooses; and what reads
 # folders that are looked up in a list, whose index names no file outside.
-OPEN_FILES = {"artifacts.py", "environment.py", "internals.py", "load.py"}
+OPEN_FILES = {"artifacts.py", "environment.py", "internals.py", "load.py", "turns.py"}
 
 
 def test_the_pack_only_reads_over_http_and_opens_few_files_itself():
