@@ -22,6 +22,7 @@ from hotpath_pack.hotpath.split import (
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch.nn import Linear
 from torch.nn.functional import scaled_dot_product_attention
 
 DEVICES = [torch.device("cpu", number) for number in range(3)]
@@ -141,7 +142,7 @@ class Block(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.qkv = nn.Linear(8, 24, device="meta")
+        self.qkv = Linear(8, 24, device="meta")
 
     def forward(self, x):
         q, k, v = self.qkv(x).view(1, -1, 3, 2, 4).permute(2, 0, 3, 1, 4)

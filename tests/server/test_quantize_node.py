@@ -30,7 +30,8 @@ def test_the_node_is_described(schema, small_flux):
 
 def test_quantized_and_compiled_with_a_lora(small_flux, formats):
     full = small_flux.latent(loras=LORA)
-    for format in formats:
+    # Four bits take a CPU long by the host's operators; tests/host has them.
+    for format in (name for name in formats if "w4" not in name):
         run = dict(loras=LORA, quantized=format)
         eager = small_flux.latent(**run)
         least = 10 if "int4" in format else 15
