@@ -24,7 +24,8 @@ from torch import nn
 from .template import own_state
 from .values import varying_dims
 
-_PACK = __name__.rpartition(".")[0].rpartition(".")[0]
+# The package that the pack was loaded as, which is its folder in a host.
+PACK = __name__.rpartition(".")[0].rpartition(".")[0]
 _PLAIN = (bool, int, float, complex, str, bytes, type(None), type(...), torch.dtype, torch.device)
 
 _GONE = (AttributeError, LookupError, TypeError)
@@ -43,12 +44,12 @@ def digest(text: str) -> str:
 
 def portable_name(module: str) -> str:
     """A module's name that does not depend on the folder that the pack was installed in."""
-    return "~" + module.removeprefix(_PACK) if module.startswith(f"{_PACK}.") else module
+    return "~" + module.removeprefix(PACK) if module.startswith(f"{PACK}.") else module
 
 
 def module_named(portable: str) -> ModuleType:
     """The module of a ``portable_name``, which must have been imported. Raises NotPortable."""
-    name = _PACK + portable[1:] if portable.startswith("~") else portable
+    name = PACK + portable[1:] if portable.startswith("~") else portable
     try:
         return sys.modules[name]
     except KeyError:

@@ -24,6 +24,7 @@ from typing import Any
 
 import torch
 
+from .fingerprint import PACK
 from .values import tensors_in
 
 _MAKES_KERNELS = "async_compile = AsyncCompile()"
@@ -86,6 +87,8 @@ def write_held(made: Any, held: Mapping[str, Any], closure: Mapping[str, Any]) -
     from torch._inductor.codecache import PyCodeCache
 
     artifacts = made._artifacts
+    if f"{PACK}.".encode() in artifacts.guards_state:
+        raise NotAhead("its guards hold a module of this pack, which has another name in another folder")
     env = artifacts.runtime_env
     used = {alias: name for alias, name in env.import_sources.items() if alias in env.external_refs}
     # It comes with the graph in the one form that does not look for Inductor's cache folder.

@@ -23,8 +23,8 @@ from .flux_fused import IN_HALVES, ROTATES, WITH_EPILOGUE
 from .kinds import BlockKind, Family, Interface, SharedForward, random_tensor
 
 _STREAMS = {"img", "txt", "x"}
-# Spans of tokens by the stream that they are of.
-_SPANS = {"modulation_dims": "x", "modulation_dims_img": "img", "modulation_dims_txt": "txt"}
+# Spans of tokens, and the stream that each is of. No mapping: a graph that was traced through one holds this module.
+_SPANS = (("modulation_dims", "x"), ("modulation_dims_img", "img"), ("modulation_dims_txt", "txt"))
 
 
 def modulations(block: nn.Module) -> dict[str, Any]:
@@ -125,7 +125,7 @@ def region_inputs(inputs: Mapping[str, Any], like: Tensor, dynamic: bool) -> dic
     taken = {name: value for name, value in inputs.items() if name != "transformer_options"}
     for name in _STREAMS & taken.keys():
         taken[name] = plainly_strided(taken[name])
-    for name, stream in _SPANS.items():
+    for name, stream in _SPANS:
         if taken.get(name):
             tokens = taken[stream].shape[1]
             spans = [
@@ -137,7 +137,7 @@ def region_inputs(inputs: Mapping[str, Any], like: Tensor, dynamic: bool) -> dic
 
 def _arguments(inputs: Mapping[str, Any], options: Mapping[str, Any]) -> dict[str, Any]:
     taken = {**inputs, "transformer_options": options}
-    for name in _SPANS:
+    for name, _ in _SPANS:
         if taken.get(name):
             taken[name] = [tuple(from_size(size) for size in span) for span in taken[name]]
     return taken

@@ -133,3 +133,10 @@ def test_what_inductor_remembers_of_files_is_found_by_its_kind(monkeypatch):
 def test_a_pytorch_without_a_device_guard_of_the_process_needs_none(monkeypatch):
     monkeypatch.delattr(torch._C, "_ensureCUDADeviceGuardSet", raising=False)
     internals.keep_device_guard.__wrapped__()
+
+
+def test_guards_on_a_module_of_this_pack_are_not_kept():
+    """In another folder it has another name."""
+    made = SimpleNamespace(_artifacts=SimpleNamespace(guards_state=b"... hotpath_pack.host.families.flux ..."))
+    with pytest.raises(NotAhead, match="another folder"):
+        internals.write_held(made, {}, {})
