@@ -79,7 +79,7 @@ def small_graph(seed, number):
 
 
 @pytest.mark.parametrize("plant", [stale_patch, dropped_mask, wrong_strength_in_bypass])
-@pytest.mark.sweep(keep=["stale_patch"])
+@pytest.mark.sweep
 def test_what_is_planted_is_found_and_told_as_a_test_that_fails_with_it_alone(monkeypatch, plant):
     with monkeypatch.context() as planted:
         plant(planted)

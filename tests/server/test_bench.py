@@ -5,9 +5,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parent.parent.parent
 
 
+@pytest.mark.sweep
 def test_ours_makes_two_graphs_where_the_others_make_more(tmp_path):
     written = tmp_path / "counts.json"
     command = [sys.executable, str(ROOT / "dev.py"), "bench", "--blocks", "4+6", "--quick", "--json", str(written)]

@@ -31,6 +31,7 @@ def growth(folder, double, single):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="peaks are read from /proc")
+@pytest.mark.sweep
 def test_the_step_that_compiles_takes_a_block_more_than_an_eager_step(tmp_path):
     """And the compiler itself, which is the same for any model and is seen in the small one."""
     assert growth(tmp_path / "large", 9, 17) <= growth(tmp_path / "small", 1, 1) + BLOCK
