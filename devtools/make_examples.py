@@ -60,7 +60,8 @@ async ([workflow, name, note, columns, models]) => {
     const { app, LiteGraph } = window;
     await app.loadApiJson(workflow, name);
     const graph = app.graph;
-    const [gap, margin, title] = [30, 20, 40];
+    // Nodes 2.0 draws a node up to 32 pixels taller.
+    const [gap, margin, title] = [36, 20, 40];
     const sizes = {
         CLIPTextEncode: [400, 180], LoadImage: [300, 340], SaveImage: [300, 360], HotPathBenchmarkModel: [640, 620],
     };
