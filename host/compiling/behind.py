@@ -19,6 +19,7 @@ from typing import IO, Any
 from torch import nn
 
 from ...hotpath.compiled import Bind, Region
+from ...hotpath.fingerprint import PACK
 from ...hotpath.settings import CompileSettings
 from ...hotpath.template import NotHoistable
 from ...hotpath.values import tensors_in
@@ -26,7 +27,6 @@ from ...hotpath.values import tensors_in
 log = logging.getLogger(__name__)
 
 _ROOT = Path(__file__).resolve().parents[2]
-_PACK = __name__.rsplit(".", 3)[0]
 # Runs before any module of the pack can be found: the host names packs by their folders.
 _BEGIN = """
 import json, sys, types
@@ -182,7 +182,7 @@ class Helper:
             creationflags=getattr(subprocess, "CREATE_NO_WINDOW", 0),
         )
         assert self.process.stdin is not None
-        first = json.dumps([[str(entry) for entry in sys.path], _PACK, str(_ROOT)])
+        first = json.dumps([[str(entry) for entry in sys.path], PACK, str(_ROOT)])
         self.process.stdin.write(first.encode() + b"\n")
         send(self.process.stdin, vars(args))
 
