@@ -31,16 +31,6 @@ async () => {
 """
 
 
-def settled(page):
-    """What is shown once Nodes 2.0, which measures a node after it drew it, has nothing overlap; or after a while."""
-    for _ in range(50):
-        shown = page.page.evaluate(LOOK)
-        if not shown["overlapping"]:
-            break
-        page.page.wait_for_timeout(100)
-    return shown
-
-
 @pytest.mark.sweep(keep=["classic"])
 def test_each_example_opens_as_its_twin(live, page):
     save_stand_ins(live.server)
@@ -49,7 +39,7 @@ def test_each_example_opens_as_its_twin(live, page):
     for name in (first, *others):
         if name != first:
             page.page.evaluate(OPEN, name)
-        shown = settled(page)
+        shown = page.page.evaluate(LOOK)
         for node in shown["prompt"].values():
             del node["_meta"]
         assert shown["prompt"] == twins()[name]
