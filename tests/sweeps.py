@@ -52,9 +52,9 @@ def choose(config, items):
     sweeps = [item for item in items if is_sweep(item)]
     turn = config.option.turn
     due = set() if turn is None else set(sweeps[turn % TURNS :: TURNS])
-    left_out = [item for item in sweeps if item not in due]
-    config.hook.pytest_deselected(items=left_out)
-    items[:] = [item for item in items if item not in set(left_out)]
+    left_out = set(sweeps) - due
+    config.hook.pytest_deselected(items=[item for item in sweeps if item in left_out])
+    items[:] = [item for item in items if item not in left_out]
 
 
 def has_its_turn(config, name):
@@ -77,12 +77,9 @@ def summarize(reporter, config):
     for report in (report for reports in reporter.stats.values() for report in reports):
         if hasattr(report, "duration") and hasattr(report, "when"):
             took[report.nodeid.partition("::")[0]] += report.duration
-    over = {
-        file: (seconds, float(budgets.get(file, config.getini("budget"))))
-        for file, seconds in took.most_common()
-        if seconds > float(budgets.get(file, config.getini("budget")))
-    }
+    limits = {file: float(budgets.get(file, config.getini("budget"))) for file in took}
+    over = [(file, seconds) for file, seconds in took.most_common() if seconds > limits[file]]
     if over and not config.option.all:
         reporter.section("over their budget")
-        for file, (seconds, budget) in over.items():
-            reporter.write_line(f"{file}: {seconds:.0f} s of {budget:.0f}")
+        for file, seconds in over:
+            reporter.write_line(f"{file}: {seconds:.0f} s of {limits[file]:.0f}")
