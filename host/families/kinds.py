@@ -133,7 +133,7 @@ class SharedForward:
 
     def of(self, diffusion_model: nn.Module) -> bool:
         """Whether this is the method of ``diffusion_model``."""
-        return class_name(type(diffusion_model)) in self.classes
+        return _is_one_of(diffusion_model, self.classes)
 
 
 @dataclass(frozen=True)
@@ -168,9 +168,14 @@ class Family:
 
     def has(self, diffusion_model: nn.Module) -> bool:
         """Whether ``diffusion_model`` is of this family."""
-        kind = type(diffusion_model)
-        known = f"{kind.__module__}.{kind.__qualname__}" in self.classes
+        known = _is_one_of(diffusion_model, self.classes)
         return known and any(each.blocks(diffusion_model) for each in self.kinds)
+
+
+def _is_one_of(diffusion_model: nn.Module, classes: tuple[str, ...]) -> bool:
+    """Whether its class is one of ``classes``, by module and name; no class of a pack's is called so."""
+    kind = type(diffusion_model)
+    return f"{kind.__module__}.{kind.__qualname__}" in classes
 
 
 def random_tensor(*shape: int) -> Tensor:

@@ -11,7 +11,6 @@ from types import FunctionType
 
 from torch import nn
 
-OPTIONS = "transformer_options"
 # Of a key that is no constant, and of code that can't be looked at.
 ANY = "?"
 _MODELS = "comfy.ldm."
@@ -49,7 +48,7 @@ def _reach(function: FunctionType, seen: set[FunctionType]) -> None:
 
 
 def _keys(function: FunctionType) -> Iterator[str]:
-    if OPTIONS not in function.__code__.co_varnames:
+    if "transformer_options" not in function.__code__.co_varnames:
         return
     try:
         tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
