@@ -1,5 +1,6 @@
 """Runs the host's own model code in this process, on the CPU."""
 
+import importlib.util
 import logging
 import os
 import sys
@@ -67,3 +68,19 @@ def quiet_loading(caplog):
     logging.getLogger("root").setLevel(logging.WARNING)
     with torch.random.fork_rng():
         yield
+
+
+@pytest.fixture
+def host_module(tmp_path, monkeypatch):
+    """Makes a module of the host's models that the host has not, by its name and source."""
+
+    def host_module(name, source):
+        path = tmp_path / f"{name}.py"
+        path.write_text(source, encoding="utf-8")
+        spec = importlib.util.spec_from_file_location(name, path)
+        module = importlib.util.module_from_spec(spec)
+        monkeypatch.setitem(sys.modules, name, module)
+        spec.loader.exec_module(module)
+        return module
+
+    return host_module

@@ -1,6 +1,5 @@
 """Modules that the host's blocks may gain: taken by what they are, refused by name where a copy would not do."""
 
-import importlib.util
 import sys
 import textwrap
 
@@ -126,15 +125,9 @@ REFUSED = {
 
 
 @pytest.fixture
-def newer(tmp_path, monkeypatch):
+def newer(host_module):
     """A file of the host that this pack has never seen."""
-    path = tmp_path / "newer.py"
-    path.write_text(textwrap.dedent(SOURCE), encoding="utf-8")
-    spec = importlib.util.spec_from_file_location("comfy.ldm.newer", path)
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, "comfy.ldm.newer", module)
-    spec.loader.exec_module(module)
-    return module
+    return host_module("comfy.ldm.newer", textwrap.dedent(SOURCE))
 
 
 def with_activation(model, kind):

@@ -1,9 +1,7 @@
 """A region gives blocks the options that its family knows: where this version of the host reads more, and a call has
 it, blocks run as they are."""
 
-import importlib.util
 import inspect
-import sys
 
 import comfy.ldm.flux.layers
 import pytest
@@ -18,22 +16,6 @@ SINGLE = comfy.ldm.flux.layers.SingleStreamBlock
 def test_nothing_more_in_the_host_that_is_tested(family):
     for kind in family.kinds:
         assert options_read(kind.block) <= set(kind.interface.reads) and not kind.unknown_options
-
-
-@pytest.fixture
-def module_of(tmp_path, monkeypatch):
-    """A module of the host's models, as a newer version might have it."""
-
-    def module_of(source):
-        name, path = "comfy.ldm.flux.newer", tmp_path / "newer.py"
-        path.write_text(source)
-        spec = importlib.util.spec_from_file_location(name, path)
-        module = importlib.util.module_from_spec(spec)
-        monkeypatch.setitem(sys.modules, name, module)
-        spec.loader.exec_module(module)
-        return module
-
-    return module_of
 
 
 @pytest.mark.parametrize(
@@ -51,7 +33,7 @@ def module_of(tmp_path, monkeypatch):
         ("return 1", set()),
     ],
 )
-def test_what_code_reads(module_of, code, read):
+def test_what_code_reads(host_module, code, read):
     source = f"""
 from torch import nn
 
@@ -66,17 +48,17 @@ class Block(nn.Module):
     def forward(self, x, transformer_options={{}}):
         {code}
 """
-    assert options_read(module_of(source).Block) == read
+    assert options_read(host_module("comfy.ldm.flux.newer", source).Block) == read
 
 
-def test_a_block_that_reads_another_option_runs_as_it_is_where_that_is_given(flux, module_of, monkeypatch):
+def test_a_block_that_reads_another_option_runs_as_it_is_where_that_is_given(flux, host_module, monkeypatch):
     """By a copy of the host's file in which single blocks scale what they give."""
     source = inspect.getsource(comfy.ldm.flux.layers).replace(
         "attn = attention(q, k, v, pe=pe, mask=attn_mask, transformer_options=transformer_options)",
         "attn = attention(q, k, v, pe=pe, mask=attn_mask, transformer_options=transformer_options)\n"
         '        attn = attn * transformer_options.get("scale", 1)',
     )
-    newer = module_of(source)
+    newer = host_module("comfy.ldm.flux.newer", source)
     kinds = [kind for family in FAMILIES for kind in family.kinds if kind.block is SINGLE]
     read = options_read(newer.SingleStreamBlock)
     assert read == {"patches", "scale"}
