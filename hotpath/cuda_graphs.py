@@ -1,18 +1,21 @@
 """Records what a piece of code launches on a CUDA device, to launch it again as one: PyTorch's ``CUDAGraph``.
 
-What the code allocates comes from one pool for all recordings of a device. Nothing in it outlives a replay, so that
-recordings which run one after another share all of it.
+What the code allocates comes from one pool for all recordings of a device, or where PyTorch's allocator is not its own
+from memory that is there before (``pieces.py``). Nothing in it outlives a replay, so that recordings which run one
+after another share all of it.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Hashable
-from contextlib import suppress
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager, suppress
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+
+from .pieces import PieceRecorder, Unrecordable
 
 Launch = Callable[[dict[str, Tensor]], None]
 
@@ -61,61 +64,35 @@ class Recorder(Protocol):
 
 
 class CudaGraphs:
-    """Records CUDA graphs on one device."""
+    """Records CUDA graphs on one device: each as a whole with PyTorch's own allocator, else in pieces."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._pool: Any = None
-        self._side: Any = None
-        self._pool_bytes = 0
+        self._captures = _Captures(device)
+        own = torch.cuda.get_allocator_backend() == "native"
+        self._pieces = None if own else PieceRecorder(device, self._captures)
 
     def record(self, run: Launch, weights: dict[str, Tensor]) -> Recording:
         if not _capturing.acquire(blocking=False):
             raise Busy("another thread is recording")
         try:
-            with torch.cuda.device(self._device):
-                return self._capture(run, weights)
+            with torch.cuda.device(self._device), self._captures.stream():
+                if self._pieces is not None:
+                    return self._pieces.record(run, weights)
+                return self._captures.whole(run, weights)
         finally:
             _capturing.release()
-
-    def _capture(self, run: Launch, weights: dict[str, Tensor]) -> Recording:
-        if self._pool is None:
-            self._pool, self._side = torch.cuda.graph_pool_handle(), torch.cuda.Stream(self._device)
-        graph: Any = torch.cuda.CUDAGraph()
-        free, _ = torch.cuda.mem_get_info(self._device)
-        with torch.cuda.stream(self._side):
-            # A workspace from before could be freed while this holds its address; its own is memory like all else.
-            torch._C._cuda_clearCublasWorkspaces()
-            graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
-            try:
-                run(weights)
-                torch._C._cuda_clearCublasWorkspaces()
-            except BaseException:
-                with suppress(RuntimeError):
-                    graph.capture_end()
-                self._leave_pool()
-                raise
-            try:
-                graph.capture_end()
-            except BaseException:
-                self._leave_pool()
-                raise
-        self._pool_bytes += max(0, free - torch.cuda.mem_get_info(self._device)[0])
-        return graph
-
-    def _leave_pool(self) -> None:
-        """After a capture that failed, which may leave the allocator in the pool."""
-        with suppress(RuntimeError):
-            torch._C._cuda_endAllocateToPool(self._device.index, self._pool)
 
     def stream(self) -> Hashable:
         return torch._C._cuda_getCurrentRawStream(self._device.index)
 
     def pool_bytes(self) -> int:
-        return self._pool_bytes
+        return self._captures.bytes + (self._pieces.bytes if self._pieces is not None else 0)
 
     def forget(self) -> None:
-        self._pool, self._pool_bytes = None, 0
+        self._captures.forget()
+        if self._pieces is not None:
+            self._pieces.forget()
 
     def mark(self) -> Any:
         event = torch.cuda.Event()
@@ -124,3 +101,77 @@ class CudaGraphs:
 
     def idle(self, mark: Any) -> bool:
         return mark.query()
+
+
+class _Captures:
+    """What is launched on a stream of its own, one CUDA graph after the other, in a pool that they share."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._pool: Any = None
+        self._side: Any = None
+        self._graph: Any = None
+        self._free = 0
+        self._broken = ""
+        self.bytes = 0
+
+    @contextmanager
+    def stream(self) -> Iterator[None]:
+        """Within it, what is launched can be recorded."""
+        if self._broken:
+            raise Unrecordable(self._broken)
+        if self._pool is None:
+            self._pool, self._side = torch.cuda.graph_pool_handle(), torch.cuda.Stream(self._device)
+        with torch.cuda.stream(self._side):
+            yield
+
+    def whole(self, run: Launch, weights: dict[str, Tensor]) -> Recording:
+        """What ``run(weights)`` launches as one graph."""
+        self.begin()
+        try:
+            run(weights)
+        except BaseException as error:
+            self.abandon(error)
+            raise
+        return self.end()
+
+    def begin(self) -> None:
+        self._graph, self._free = torch.cuda.CUDAGraph(), torch.cuda.mem_get_info(self._device)[0]
+        # A workspace from before could be freed while this holds its address; its own is memory like all else.
+        torch._C._cuda_clearCublasWorkspaces()
+        self._graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+
+    def end(self) -> Any:
+        graph, self._graph = self._graph, None
+        try:
+            torch._C._cuda_clearCublasWorkspaces()
+            graph.capture_end()
+        except BaseException as error:
+            self._leave(graph, error)
+            raise
+        self.bytes += max(0, self._free - torch.cuda.mem_get_info(self._device)[0])
+        return graph
+
+    def abandon(self, error: BaseException) -> None:
+        graph, self._graph = self._graph, None
+        if graph is not None:
+            self._leave(graph, error)
+
+    def forget(self) -> None:
+        self._pool, self.bytes = None, 0
+
+    def _leave(self, graph: Any, error: BaseException) -> None:
+        """After a capture that failed, which may leave the allocator in the pool."""
+        if torch.cuda.get_allocator_backend() == "native":
+            with suppress(RuntimeError):
+                graph.capture_end()
+            with suppress(RuntimeError):
+                torch._C._cuda_endAllocateToPool(self._device.index, self._pool)
+            return
+        # What CUDA itself broke off can't give memory back: a workspace that is freed then ends the process.
+        if isinstance(error, RuntimeError) and "captur" in str(error):
+            self._broken = f"a recording was broken off ({str(error).splitlines()[0]})"
+        else:
+            torch._C._cuda_clearCublasWorkspaces()
+        with suppress(RuntimeError):
+            graph.capture_end()

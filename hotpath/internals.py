@@ -15,7 +15,9 @@ import io
 import re
 import tempfile
 import threading
-from collections.abc import Callable, Iterator, Mapping
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import lru_cache
 from hashlib import sha256
 from pathlib import Path
@@ -38,6 +40,8 @@ _CACHED = type(lru_cache(len))
 TRUSTED = "cpp.vec_isa_ok"
 # What Inductor's instruction sets note of themselves when they are probed.
 _FOUND = ("_is_avx512_bf16_supported", "_is_amx_fp16_supported")
+# Inductor's code that was loaded from its text.
+_loaded: weakref.WeakSet[ModuleType] = weakref.WeakSet()
 
 
 class NotAhead(Exception):
@@ -235,6 +239,7 @@ def _runnable(entry: Any, kernels: Mapping[str, Callable[..., Any]]) -> Callable
     # Its Triton kernels are here, and no pool of processes is needed to compile them.
     with config.patch(compile_threads=1):
         spec.loader.exec_module(module)
+    _loaded.add(module)
     for name, value in CompiledFxGraphConstants().unwrap(graph).items():
         setattr(module, name, value)
     graph.current_callable = module.call
@@ -250,6 +255,44 @@ def _runnable(entry: Any, kernels: Mapping[str, Callable[..., Any]]) -> Callable
     ):
         run = entry.wrap_post_compile([], entry.sanitized_aot_config, boxed)
     return lambda *arguments: run(list(arguments))
+
+
+@contextmanager
+def lends(
+    device: torch.device, lend: Callable[[Sequence[int], Sequence[int], torch.dtype], torch.Tensor]
+) -> Iterator[None]:
+    """Have all of Inductor's code that runs in this thread take memory of ``device`` from ``lend(size, stride, dtype)``
+    within the scope.
+
+    Raises:
+        NotAhead: Inductor's code takes its memory in a way that is not known here.
+    """
+    from torch._inductor.codecache import PyCodeCache
+
+    name, thread = f"empty_strided_{device.type}", threading.get_ident()
+    modules = [module for module in (*PyCodeCache.modules, *_loaded) if hasattr(module, "call")]
+    if not all(callable(getattr(module, name, None)) for module in modules):
+        raise NotAhead("Inductor takes memory in a way that is not known here")
+
+    def taking(plain: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+        def take(size: Sequence[int], stride: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+            return lend(size, stride, dtype) if threading.get_ident() == thread else plain(size, stride, dtype)
+
+        return take
+
+    before = [(module, getattr(module, name)) for module in modules]
+    try:
+        for module, plain in before:
+            setattr(module, name, taking(plain))
+        yield
+    finally:
+        for module, plain in before:
+            setattr(module, name, plain)
+
+
+def storage_at(address: int, device: torch.device, count: int) -> Any:
+    """``count`` bytes at an address as a storage that does not own them."""
+    return torch._C._construct_storage_from_data_pointer(address, device, count)
 
 
 class _Text(importlib.abc.InspectLoader):

@@ -38,19 +38,13 @@ CAST = "its weights are cast or copied to the device each time they are used"
 NOT_AHEAD = "PyTorch can't compile them ahead of time, so that nothing tells whether a recording still holds"
 FUNCTIONS = "LoRAs or other functions are applied to its weights each time they are used"
 BYPASS = "a LoRA is in bypass mode"
-ALLOCATOR = "memory comes from cudaMallocAsync, not from PyTorch's allocator; start ComfyUI with --disable-cuda-malloc"
 
 
 def recorder_for(device: torch.device) -> Recorder | None:
     """What records on ``device``; None where nothing can."""
-    if device.type != "cuda" or not comfy.model_management.is_nvidia() or allocates_otherwise(device):
+    if device.type != "cuda" or not comfy.model_management.is_nvidia():
         return None
     return CudaGraphs(device)
-
-
-def allocates_otherwise(device: torch.device) -> bool:
-    """Whether memory of ``device`` is not from PyTorch's own allocator, whose pools recordings share."""
-    return device.type == "cuda" and torch.cuda.get_allocator_backend() != "native"
 
 
 def recordings_on(device: torch.device) -> Recordings | None:
@@ -141,8 +135,6 @@ class Replays:
         device = next(iter(weights.values())).device
         recordings = recordings_on(device) if self.wanted else None
         if recordings is None:
-            if self.wanted and self.always and allocates_otherwise(device):
-                call.note(kind, ALLOCATOR)
             return graph(weights, inputs)
         if attend is not None or streamed:
             call.note(kind, OPAQUE if attend is not None else STREAMED)

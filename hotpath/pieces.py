@@ -1,0 +1,263 @@
+"""Recordings in pieces, where a recording can't take memory: graphs, with calls of operators between them.
+
+With cudaMallocAsync, which ComfyUI has PyTorch use, memory that is taken while a CUDA graph is recorded is there only
+once the graph runs, and Triton launches no kernel on it. So none is taken: Inductor's code is lent memory that is there
+(``Arena``), and an operator that makes its own result, such as attention, is called between two graphs, its result
+copied to lent memory.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
+
+from .internals import lends, storage_at
+
+# As memory of its own would be.
+_ALIGNMENT = 512
+# Operators that write memory which they are given, and that a CUDA graph can hold; pointwise ones are, too.
+_WRITES = {"mm", "addmm", "bmm", "baddbmm", "_scaled_mm", "_int_mm", "_addmm_activation", "copy_", "fill_", "zero_"}
+_DEPENDS_ON_DATA = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
+
+
+class Unrecordable(RuntimeError):
+    """What was launched can't be recorded; the message says what."""
+
+
+class Piece(Protocol):
+    def replay(self) -> None: ...
+
+    def reset(self) -> None: ...
+
+
+class Capture(Protocol):
+    """Records what is launched from ``begin`` to ``end``."""
+
+    def begin(self) -> None: ...
+
+    def end(self) -> Piece: ...
+
+    def abandon(self, error: BaseException) -> None:
+        """Forget what was begun, after ``error``."""
+
+
+class Arena:
+    """Memory that is lent to tensors, and lent again once nothing uses them, in the order in which they were made."""
+
+    def __init__(self, size: int, device: torch.device) -> None:
+        self.bytes = size
+        self._memory = torch.empty(size, dtype=torch.uint8, device=device)
+        self._start = self._memory.data_ptr()
+        self._lent: list[tuple[int, int, StorageWeakRef]] = []
+
+    def lend(self, size: Sequence[int], stride: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """Raises:
+        _Full: there is no room for it.
+        """
+        last = sum((size - 1) * stride for size, stride in zip(size, stride, strict=True))
+        count = 0 if 0 in size else (last + 1) * dtype.itemsize
+        self._lent = [lent for lent in self._lent if not lent[2].expired()]
+        place = start = 0
+        while place < len(self._lent) and start + count > self._lent[place][0]:
+            start = self._lent[place][1]
+            place += 1
+        end = start + -(-count // _ALIGNMENT) * _ALIGNMENT
+        if end > self.bytes:
+            raise _Full(end)
+        tensor = _at(self._start + start, count, size, stride, dtype, self._memory.device)
+        if count:
+            self._lent.insert(place, (start, end, StorageWeakRef(tensor.untyped_storage())))
+        return tensor
+
+
+class InPieces:
+    """What was recorded."""
+
+    def __init__(self, pieces: Sequence[Piece], arena: Arena) -> None:
+        self._pieces = pieces
+        self._arena: Arena | None = arena
+
+    def replay(self) -> None:
+        for piece in self._pieces:
+            piece.replay()
+
+    def reset(self) -> None:
+        for piece in self._pieces:
+            piece.reset()
+        self._pieces, self._arena = (), None
+
+
+class PieceRecorder:
+    """Records on ``device`` by ``capture``, in memory that all recordings share, as they run one after another."""
+
+    def __init__(self, device: torch.device, capture: Capture) -> None:
+        self._device = device
+        self._capture = capture
+        self._arena = Arena(0, device)
+        self._arenas: weakref.WeakSet[Arena] = weakref.WeakSet()
+
+    @property
+    def bytes(self) -> int:
+        return sum(arena.bytes for arena in self._arenas)
+
+    def forget(self) -> None:
+        self._arena = Arena(0, self._device)
+
+    def record(self, run: Callable[[dict[str, Tensor]], None], weights: dict[str, Tensor]) -> InPieces:
+        """Record ``run(weights)`` without running it, but for operators that make their own results, whose results
+        are not used.
+
+        Raises:
+            Unrecordable: it does what can't be recorded.
+        """
+        while True:
+            session = _Session(self._device, self._capture, self._arena)
+            try:
+                return InPieces(session.record(run, weights), self._arena)
+            except _Full as full:
+                needed = full.needed
+            self._arena = Arena(max(needed, 2 * self._arena.bytes), self._device)
+            self._arenas.add(self._arena)
+
+
+class _Full(Exception):
+    def __init__(self, needed: int) -> None:
+        super().__init__(needed)
+        self.needed = needed
+
+
+class _Call:
+    """An operator, and where its results go: pairs of a number among its results and memory."""
+
+    def __init__(self, operator: Any, args: Any, kwargs: Any, places: Sequence[tuple[int, Tensor]]) -> None:
+        self._call: tuple[Any, Any, Any] | None = (operator, args, kwargs)
+        self._places = places
+
+    def replay(self) -> None:
+        assert self._call is not None
+        operator, args, kwargs = self._call
+        results = tree_leaves(operator(*args, **kwargs))
+        for number, place in self._places:
+            place.copy_(results[number])
+
+    def reset(self) -> None:
+        self._call, self._places = None, ()
+
+
+class _Session(TorchDispatchMode):
+    """One recording as it is made. Its mode sees each operator that the code calls, but for Inductor's kernels."""
+
+    def __init__(self, device: torch.device, capture: Capture, arena: Arena) -> None:
+        super().__init__()
+        self._device = device
+        self._capture = capture
+        self._arena = arena
+        self._pieces: list[Piece] = []
+        self._begun = False
+
+    def record(self, run: Callable[[dict[str, Tensor]], None], weights: dict[str, Tensor]) -> list[Piece]:
+        try:
+            self._begin()
+            with lends(self._device, self._lend), self:
+                run(weights)
+            self._end()
+        except BaseException as error:
+            if self._begun:
+                self._capture.abandon(error)
+            for piece in self._pieces:
+                piece.reset()
+            raise
+        return self._pieces
+
+    def __torch_dispatch__(
+        self, func: Any, types: Iterable[Any], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        kwargs, schema = kwargs or {}, func._schema
+        written = [value.alias_info is not None and value.alias_info.is_write for value in schema.returns]
+        if not schema.is_mutable and any(value.alias_info is not None for value in schema.returns):
+            return func(*args, **kwargs)
+        elsewhere = any(tensor.device != self._device for tensor in _tensors((args, kwargs)))
+        if elsewhere or _DEPENDS_ON_DATA.intersection(func.tags):
+            raise Unrecordable(f"{schema.name} makes Python wait for the device")
+        if not schema.is_mutable:
+            return self._between(func, args, kwargs)
+        if (all(written) and schema.name.removeprefix("aten::") in _WRITES) or torch.Tag.pointwise in func.tags:
+            return func(*args, **kwargs)
+        raise Unrecordable(f"{schema.name} may take memory or wait for the device")
+
+    def _between(self, operator: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        self._end()
+        # Of memory in which nothing was computed yet: whatever floats are, numbers of elements have to be right.
+        made = operator(*tree_map(_harmless, args), **tree_map(_harmless, kwargs))
+        places: list[tuple[int, Tensor]] = []
+        numbers = iter(range(len(tree_leaves(made))))
+
+        def lent(result: Any) -> Any:
+            number = next(numbers)
+            if not isinstance(result, Tensor):
+                return result
+            if result.device != self._device:
+                # The state of random numbers, which nothing here reads.
+                if torch.Tag.nondeterministic_seeded not in operator.tags:
+                    raise Unrecordable(f"{operator._schema.name} makes a tensor on another device")
+                return result
+            memory = self._arena.lend(result.shape, result.stride(), result.dtype)
+            if result.numel():
+                places.append((number, _unowned(memory)))
+            return memory
+
+        out = tree_map(lent, made)
+        self._pieces.append(_Call(operator, tree_map(_unowned, args), tree_map(_unowned, kwargs), places))
+        self._begin()
+        return out
+
+    def _lend(self, size: Sequence[int], stride: Sequence[int], dtype: torch.dtype) -> Tensor:
+        # What is within is not of what is recorded.
+        with torch._C._DisableTorchDispatch():
+            return self._arena.lend(size, stride, dtype)
+
+    def _begin(self) -> None:
+        self._capture.begin()
+        self._begun = True
+
+    def _end(self) -> None:
+        self._pieces.append(self._capture.end())
+        self._begun = False
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor)]
+
+
+def _harmless(value: Any) -> Any:
+    if isinstance(value, Tensor) and not value.is_floating_point() and not value.is_complex():
+        return torch.zeros_like(value)
+    return value
+
+
+def _unowned(value: Any) -> Any:
+    """A tensor as one that keeps no memory."""
+    if not isinstance(value, Tensor) or not value.numel():
+        return value
+    last = sum((size - 1) * stride for size, stride in zip(value.shape, value.stride(), strict=True))
+    count = (last + 1) * value.element_size()
+    return _at(value.data_ptr(), count, value.shape, value.stride(), value.dtype, value.device)
+
+
+def _at(
+    address: int,
+    count: int,
+    size: Sequence[int],
+    stride: Sequence[int],
+    dtype: torch.dtype,
+    device: torch.device,
+) -> Tensor:
+    tensor: Any = torch.empty(0, dtype=dtype, device=device)
+    return tensor.set_(storage_at(address, device, count), 0, tuple(size), tuple(stride))
