@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+HERE = Path(__file__).resolve().parent
 HOST = os.environ.get("COMFYUI_PATH")
 if not HOST:
     pytest.exit("Set COMFYUI_PATH to a ComfyUI folder, or run `python dev.py test`, which does.", returncode=2)
@@ -20,6 +21,8 @@ from comfy.cli_args import args  # noqa: E402
 args.cpu = True
 args.use_pytorch_cross_attention = True
 
+# Its assertions are read by pytest as those of tests are.
+pytest.register_assert_rewrite("sampling")
 import sampling  # noqa: E402
 import sweeps  # noqa: E402
 import torch  # noqa: E402
@@ -84,3 +87,9 @@ def host_module(tmp_path, monkeypatch):
         return module
 
     return host_module
+
+
+@pytest.fixture
+def newer(host_module):
+    """A file of the host that this pack has never seen."""
+    return host_module("comfy.ldm.newer", (HERE / "newer.py").read_text(encoding="utf-8"))

@@ -8,11 +8,16 @@ from hotpath_pack.devtools.sampling import load as load
 from hotpath_pack.host.compiling.compile import compile_repeated_blocks
 from hotpath_pack.host.families import family_of
 from hotpath_pack.host.measuring.synthetic import latent_shape
+from hotpath_pack.host.quantizing.formats import node_formats
+from hotpath_pack.host.quantizing.quantize import quantize_repeated_blocks
+from hotpath_pack.host.residency.offload import KEY, OffloadSettings, offload_repeated_blocks
+from hotpath_pack.host.residency.streaming import RESIDENCY
 from hotpath_pack.host.telling.progress import NodeText
 from hotpath_pack.hotpath.counters import breaks_so_far, graphs_so_far
 from hotpath_pack.hotpath.settings import CompileSettings
 
 TOLERANCE = 1e-4
+SMALL = dict(width=32, height=32, tokens=4)
 # Half of the time of ``aot_eager``, which has its turn: see conftest.py.
 SETTINGS = CompileSettings(backend="eager")
 
@@ -41,6 +46,25 @@ def compiled_blocks(model):
     """The wrapper that the node put on a MODEL."""
     (wrapper,) = model.get_wrappers("apply_model", "hotpath_compile")
     return wrapper
+
+
+def quantized(model, format=None, skip="", text=None):
+    with torch.inference_mode():
+        return quantize_repeated_blocks(model, format or node_formats()[1], skip, text or Texts())
+
+
+def offloaded(model, modulation="ahead", text=None, **settings):
+    return offload_repeated_blocks(model, OffloadSettings(modulation=modulation, **settings), text or Texts())
+
+
+def ahead_of(model):
+    """What makes modulation ahead for a MODEL."""
+    return model.get_wrappers("apply_model", KEY)[-1]
+
+
+def streamed_of(model):
+    """What streams the blocks of a MODEL."""
+    return model.get_wrappers("apply_model", KEY)[0]
 
 
 def sample(
@@ -122,3 +146,15 @@ def assert_parity(model, fast, **run):
     assert want.isfinite().all() and want.std() > 0.1
     difference = (want - got).abs().max().item()
     assert difference <= TOLERANCE, f"largest difference from eager {difference}"
+
+
+def assert_streams(model, lean, least=1, **run):
+    """``lean`` gives the very bits of ``model``, and streamed some blocks for it."""
+    want = sample(model, **run)
+    assert want.isfinite().all() and want.std() > 0.1
+    assert torch.equal(sample(lean, **run), want)
+    blocks = streamed_of(lean)
+    assert blocks.not_streamed == set()
+    assert len(RESIDENCY[lean.model].streamed) >= least
+    assert bool(blocks.bytes_copied) == bool(least)
+    return lean

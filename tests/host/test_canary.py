@@ -1,7 +1,7 @@
 """The table of what would run eager in a ComfyUI."""
 
+from changes import with_activation
 from hotpath_pack.devtools import canary
-from test_containers import newer, with_activation  # noqa: F401
 
 
 def test_nothing_of_a_flux_does():
@@ -10,7 +10,7 @@ def test_nothing_of_a_flux_does():
     assert canary.text(row.lines()).split("  ")[0] == "Flux.1" and canary.text(row.lines()).endswith("  nothing")
 
 
-def test_what_is_not_known_is_named_with_its_blocks_and_what_fails_with_its_error(flux, newer):  # noqa: F811
+def test_what_is_not_known_is_named_with_its_blocks_and_what_fails_with_its_error(flux, newer):
     row = canary.examine("new", lambda: with_activation(flux, newer.Counts))
     (reason,) = row.eager
     assert row.compiled == {"single": 3} and row.eager[reason] == ["double block 0", "double block 1"]

@@ -17,6 +17,7 @@ import comfy_extras.nodes_slg as slg
 import folder_paths
 import pytest
 import torch
+from conditions import control_net, hook_lora, regional, with_control
 from hotpath_pack.devtools import checkpoints
 from safetensors.torch import load_file
 from sampling import Counting, assert_parity, compiled, compiled_blocks, load, sample
@@ -153,16 +154,6 @@ def style_model(flux, strength, kind):
     return lambda positive: host_nodes.StyleModelApply().apply_stylemodel(positive, model, seen, strength, kind)[0]
 
 
-def regional(positive):
-    """Two prompts, each where its mask says."""
-    mask = torch.zeros(1, 64, 64)
-    mask[:, :, :32] = 1
-    other = [[-positive[0][0], dict(positive[0][1])]]
-    (left,) = host_nodes.ConditioningSetMask().append(positive, mask, "default", 1.0)
-    (right,) = host_nodes.ConditioningSetMask().append(other, 1 - mask, "default", 0.8)
-    return host_nodes.ConditioningCombine().combine(left, right)[0]
-
-
 def areas(positive):
     other = [[-positive[0][0], dict(positive[0][1])]]
     (left,) = host_nodes.ConditioningSetAreaPercentage().append(positive, 0.5, 1.0, 0.0, 0.0, 1.0)
@@ -181,17 +172,6 @@ def test_regional_prompts_by_attention_mask_by_mask_and_by_area(flux):
     assert_parity(flux, fast)
 
 
-def hook_lora(flux_weights, *keyframes):
-    """A LoRA whose strength follows the steps, as the host's hook nodes make it."""
-    hooks = comfy.hooks.create_hook_lora(checkpoints.lora(flux_weights), strength_model=1.0, strength_clip=0.0)
-    if keyframes:
-        schedule = comfy.hooks.HookKeyframeGroup()
-        for start, strength in keyframes:
-            schedule.add(comfy.hooks.HookKeyframe(strength=strength, start_percent=start))
-        hooks.set_keyframes_on_hooks(schedule)
-    return hooks
-
-
 def test_a_lora_scheduled_over_the_steps(flux, flux_weights):
     plain = sample(flux, steps=4)
     with Counting() as counting, torch._dynamo.config.patch(error_on_recompile=True):
@@ -206,28 +186,6 @@ def test_a_lora_scheduled_over_the_steps(flux, flux_weights):
 def test_a_lora_on_one_side_of_the_guidance(flux, flux_weights):
     run = dict(steps=3, cfg=2.0, hooks=hook_lora(flux_weights))
     assert_parity(flux, compiled(flux), **run)
-
-
-def control_net(flux):
-    """A ControlNet of one double block through the host's loader, with random weights."""
-    config = {**flux.model.model_config.unet_config, "depth": 1, "depth_single_blocks": 0}
-    config.pop("image_model")
-    net = comfy.ldm.flux.controlnet.ControlNetFlux(operations=comfy.ops.disable_weight_init, **config)
-    generator = torch.Generator().manual_seed(5)
-    weights = {}
-    for name, value in net.state_dict().items():
-        scale = 0.5 / value.shape[1] ** 0.5 if value.ndim > 1 else 0.1
-        weights[name] = torch.randn(value.shape, generator=generator) * scale + ("norm" in name)
-    # Files have the original's names, which the host translates.
-    weights = {name.replace("_norm.weight", "_norm.scale"): value for name, value in weights.items()}
-    return comfy.controlnet.load_controlnet_state_dict(weights)
-
-
-def with_control(net, strength):
-    image = torch.rand(1, 64, 64, 3, generator=torch.Generator().manual_seed(6))
-    positive = [[torch.zeros(1), {}]]
-    applied, _ = host_nodes.ControlNetApplyAdvanced().apply_controlnet(positive, positive, net, image, strength, 0, 1)
-    return applied[0][1]
 
 
 def test_a_control_net_added_changed_and_removed(flux):

@@ -10,6 +10,7 @@ import pytest
 import torch
 from comfy.model_patcher import ModelPatcher
 from comfy_api.torch_helpers import set_torch_compile_wrapper
+from conditions import in_fill, with_reference
 from hotpath_pack.devtools import checkpoints
 from hotpath_pack.host import check_version
 from sampling import Counting, Texts, assert_parity, compiled, compiled_blocks, load, sample
@@ -198,14 +199,6 @@ def fill():
 
 def flux2():
     return checkpoints.flux2(2, 2)
-
-
-def in_fill(**run):
-    return dict(concat_latent_image=torch.randn(1, 16, 8, 8), concat_mask=torch.ones(1, 1, 64, 64), **run)
-
-
-def with_reference(channels, method):
-    return dict(reference_latents=[torch.randn(1, channels, 8, 6)], reference_latents_method=method)
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,6 @@ from comfyui_version import __version__
 from hotpath_pack.devtools import checkpoints
 from hotpath_pack.host import structure
 from sampling import Texts, assert_parity, compiled, load
-from test_containers import newer  # noqa: F401
 
 
 @pytest.fixture(autouse=True)
@@ -21,7 +20,7 @@ def test_nothing_of_one_that_it_knows(caplog):
     assert structure.unknown_structure() == caplog.text == ""
 
 
-def test_which_it_was_tested_with_and_that_images_are_right(newer, monkeypatch, caplog):  # noqa: F811
+def test_which_it_was_tested_with_and_that_images_are_right(newer, monkeypatch, caplog):
     kind = comfy.ldm.flux.layers.SingleStreamBlock
     make = kind.__init__
 

@@ -11,10 +11,7 @@ from hotpath_pack.host.residency import dynamic_vram, modulation, streaming
 from hotpath_pack.host.residency.budget import Budget
 from hotpath_pack.host.residency.offload import OffloadSettings, offload_repeated_blocks
 from hotpath_pack.hotpath.stream import leaving_order
-from sampling import TOLERANCE, Texts, compiled, load, sample
-from test_offload import SMALL, ahead_of, offloaded
-from test_quantize import quantized
-from test_streaming import streamed_of
+from sampling import SMALL, TOLERANCE, Texts, ahead_of, compiled, load, offloaded, quantized, sample, streamed_of
 
 RUN = dict(SMALL, steps=3)
 

@@ -8,10 +8,10 @@ import comfy.model_management
 import comfy.quant_ops
 import pytest
 import torch
+from changes import in_low_vram
 from comfy.sd import load_lora_for_models
 from hotpath_pack.devtools import checkpoints
 from sampling import Counting, Texts, assert_parity, assert_two_graphs, compiled, compiled_blocks, load, sample
-from test_counts import in_low_vram
 
 # PyTorch's fp8 product on the CPU is a plain loop.
 SMALL = dict(width=32, height=32, tokens=4, steps=1)

@@ -8,42 +8,37 @@ import comfy_extras.nodes_model_merging as merging
 import folder_paths
 import pytest
 import torch
+from changes import with_lora
 from comfy_extras.nodes_torch_compile import TorchCompileModel
+from conditions import hook_lora
 from hotpath_pack.devtools import checkpoints
 from hotpath_pack.devtools.copies import LateCopies
 from hotpath_pack.host.residency import streaming
 from hotpath_pack.host.residency.budget import GIB, Budget
-from hotpath_pack.host.residency.offload import KEY
 from hotpath_pack.host.residency.streaming import RESIDENCY, pinned_copies
 from hotpath_pack.host.telling.report import describe, report
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
-from sampling import TOLERANCE, Counting, Texts, assert_parity, compiled, compiled_blocks, load, sample
-from test_counts import with_lora
-from test_host_nodes import hook_lora
-from test_offload import SMALL, loaded_bytes, offloaded
-from test_quantize import quantized
+from sampling import (
+    SMALL,
+    TOLERANCE,
+    Counting,
+    Texts,
+    assert_parity,
+    assert_streams,
+    compiled,
+    compiled_blocks,
+    load,
+    offloaded,
+    quantized,
+    sample,
+    streamed_of,
+)
+from test_offload import loaded_bytes
 from torch.multiprocessing.reductions import StorageWeakRef
 
 BUDGETS = ("0 %", "25 %", "50 %", "75 %", "100 %")
-
-
-def streamed_of(model):
-    """What streams the blocks of a MODEL."""
-    return model.get_wrappers("apply_model", KEY)[0]
-
-
-def assert_streams(model, lean, least=1, **run):
-    """``lean`` gives the very bits of ``model``, and streamed some blocks for it."""
-    want = sample(model, **run)
-    assert want.isfinite().all() and want.std() > 0.1
-    assert torch.equal(sample(lean, **run), want)
-    blocks = streamed_of(lean)
-    assert blocks.not_streamed == set()
-    assert len(RESIDENCY[lean.model].streamed) >= least
-    assert bool(blocks.bytes_copied) == bool(least)
-    return lean
 
 
 @given(number=st.floats(0, 1000).map(lambda number: round(number, 3)), unit=st.sampled_from(["", "GiB", " gib", " GB"]))

@@ -9,7 +9,9 @@ import comfy.quant_ops
 import folder_paths
 import pytest
 import torch
+from changes import in_low_vram
 from comfy.sd import load_lora_for_models
+from conditions import in_fill, with_reference
 from diffusers import AutoencoderKL, Flux2Transformer2DModel, FluxTransformer2DModel
 from hotpath_pack.devtools import checkpoints
 from hotpath_pack.devtools.measure import snr
@@ -17,8 +19,6 @@ from hotpath_pack.host.diffusers_folders.load import diffusers_folders, load_dif
 from hotpath_pack.host.diffusers_folders.save import save_as_diffusers_flux
 from safetensors.torch import load_file
 from sampling import TOLERANCE, Counting, Texts, assert_two_graphs, compiled, load, sample
-from test_counts import in_low_vram
-from test_model import in_fill, with_reference
 
 TINY = dict(num_layers=2, num_single_layers=2, num_attention_heads=2, joint_attention_dim=64)
 FLUX1 = dict(TINY, pooled_projection_dim=32)
@@ -368,6 +368,7 @@ def test_without_diffusers_the_error_says_what_to_install(dev, flux, monkeypatch
             run()
 
 
+HOST_TESTS = Path(__file__).resolve().parents[1]
 READ_IN_A_NEW_PROCESS = """
 import importlib.util
 import sys
@@ -399,7 +400,7 @@ def test_reading_takes_the_weights_and_one_file_of_them(dev, tmp_path):
     kind(**{**config, "num_attention_heads": 8, "num_single_layers": 6}).save_pretrained(large, max_shard_size="64MB")
     files = [path.stat().st_size for path in large.glob("*.safetensors")]
     assert len(files) >= 8
-    command = [sys.executable, "-c", READ_IN_A_NEW_PROCESS, str(Path(__file__).parent), str(dev), str(large)]
+    command = [sys.executable, "-c", READ_IN_A_NEW_PROCESS, str(HOST_TESTS), str(dev), str(large)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     peak, weights = map(int, done.stdout.split()[-2:])

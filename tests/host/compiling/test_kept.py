@@ -5,6 +5,7 @@ import comfy.quant_ops
 import folder_paths
 import pytest
 import torch
+from changes import with_lora
 from hotpath_pack.devtools import checkpoints, family_models, gguf_pack
 from hotpath_pack.host.compiling import artifacts
 from hotpath_pack.host.compiling import compile as host_compile
@@ -22,7 +23,6 @@ from hotpath_pack.hotpath.values import input_kinds
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from sampling import TOLERANCE, Counting, Texts, compiled_blocks, load, sample
-from test_counts import with_lora
 from torch.nn import GELU, Linear, Sequential
 
 CPU = torch.device("cpu")

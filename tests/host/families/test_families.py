@@ -2,16 +2,14 @@
 
 import pytest
 import torch
+from changes import in_low_vram, with_lora
 from hotpath_pack.devtools import family_models
 from hotpath_pack.devtools.measure import snr
 from hotpath_pack.host.families import FAMILIES, SUPPORTED, family_of, named_blocks
 from hotpath_pack.host.measuring.synthetic import Inputs
 from hotpath_pack.host.measuring.synthetic import sample as sample_synthetic
 from hotpath_pack.host.residency.offload import KEY
-from sampling import Counting, assert_parity, compiled, compiled_blocks, sample
-from test_counts import in_low_vram, with_lora
-from test_offload import offloaded
-from test_quantize import quantized
+from sampling import Counting, assert_parity, compiled, compiled_blocks, offloaded, quantized, sample
 
 FLUX_LIKE = (
     "hunyuan_video",

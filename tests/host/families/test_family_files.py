@@ -13,10 +13,8 @@ import pytest
 import torch
 from hotpath_pack.devtools import checkpoints, family_models
 from safetensors.torch import save_file
-from sampling import Counting, assert_parity, compiled, compiled_blocks, sample
+from sampling import Counting, assert_parity, compiled, compiled_blocks, offloaded, quantized, sample
 from test_families import GRAPHS, tiny
-from test_offload import offloaded
-from test_quantize import quantized
 
 CPU = torch.device("cpu")
 # Heads, blocks and width of the text. Of Qwen-Image's width the host's loader knows one alone; Z-Image's six blocks at

@@ -2,9 +2,8 @@
 
 import pytest
 import torch
-from comfy.sd import load_lora_for_models
+from changes import in_low_vram, with_lora
 from hotpath_pack.devtools import checkpoints
-from hotpath_pack.devtools.host_nodes import low_vram
 from hotpath_pack.host.residency.weights import plain_layer
 from hotpath_pack.hotpath.gelu import LogisticGelu
 from hotpath_pack.hotpath.settings import MODES
@@ -13,18 +12,6 @@ from torch.nn import GELU
 
 SIZES = [dict(width=96, height=64), dict(width=64, height=160), dict(width=128, height=128)]
 TEXTS = [dict(tokens=7), dict(tokens=40)]
-
-
-def with_lora(model, weights, strength):
-    patched, _ = load_lora_for_models(model, None, weights, strength, 0)
-    assert patched.patches
-    return patched
-
-
-def in_low_vram(model):
-    clone = model.clone()
-    low_vram(clone, 1.0)
-    return clone
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])

@@ -4,17 +4,15 @@ import comfy.ldm.lightricks.av_model
 import comfy.sample
 import pytest
 import torch
+from changes import in_low_vram, with_lora
 from comfy.nested_tensor import NestedTensor
 from hotpath_pack.devtools import family_models
 from hotpath_pack.host.families import family_of
 from hotpath_pack.host.families.reads import options_read
 from hotpath_pack.host.measuring.synthetic import Inputs
 from hotpath_pack.host.measuring.synthetic import sample as sample_synthetic
-from sampling import TOLERANCE, Counting, compiled, compiled_blocks
-from test_counts import in_low_vram, with_lora
+from sampling import TOLERANCE, Counting, compiled, compiled_blocks, offloaded, quantized
 from test_families import lora, with_override
-from test_offload import offloaded
-from test_quantize import quantized
 
 MODELS = {"ltx2": 128, "ltx23": 128}
 

@@ -8,30 +8,30 @@ import comfy_extras.nodes_model_merging as merging
 import folder_paths
 import pytest
 import torch
+from changes import in_low_vram, with_lora
 from comfy.model_patcher import ModelPatcher
 from comfy.sd import load_lora_for_models
+from conditions import control_net, hook_lora, regional, with_control
 from hotpath_pack.devtools import checkpoints
 from hotpath_pack.host.residency import modulation
-from hotpath_pack.host.residency.offload import KEY, LeavesOut, OffloadSettings, offload_repeated_blocks
+from hotpath_pack.host.residency.offload import LeavesOut
 from hotpath_pack.host.telling.report import describe, report
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
-from sampling import Counting, Texts, assert_parity, compiled, compiled_blocks, load, sample
-from test_counts import in_low_vram, with_lora
-from test_host_nodes import control_net, hook_lora, regional, with_control
-from test_quantize import quantized
-
-SMALL = dict(width=32, height=32, tokens=4)
-
-
-def offloaded(model, modulation="ahead", text=None, **settings):
-    return offload_repeated_blocks(model, OffloadSettings(modulation=modulation, **settings), text or Texts())
-
-
-def ahead_of(model):
-    """What makes modulation ahead for a MODEL."""
-    return model.get_wrappers("apply_model", KEY)[-1]
+from sampling import (
+    SMALL,
+    Counting,
+    Texts,
+    ahead_of,
+    assert_parity,
+    compiled,
+    compiled_blocks,
+    load,
+    offloaded,
+    quantized,
+    sample,
+)
 
 
 def assert_same_bits(model, ahead=None, **run):

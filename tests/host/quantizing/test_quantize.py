@@ -5,14 +5,24 @@ import comfy.quant_ops
 import comfy.sd
 import pytest
 import torch
+from changes import in_low_vram
 from comfy.sd import load_lora_for_models
 from hotpath_pack.devtools import checkpoints
 from hotpath_pack.devtools.measure import snr
 from hotpath_pack.host.quantizing import quantize as host_quantize
 from hotpath_pack.host.quantizing.formats import FORMATS, VECTOR_FORMAT, node_formats, require_format_here
-from hotpath_pack.host.quantizing.quantize import quantization, quantize_repeated_blocks
-from sampling import Counting, Texts, assert_parity, assert_two_graphs, compiled, compiled_blocks, load, sample
-from test_counts import in_low_vram
+from hotpath_pack.host.quantizing.quantize import quantization
+from sampling import (
+    Counting,
+    Texts,
+    assert_parity,
+    assert_two_graphs,
+    compiled,
+    compiled_blocks,
+    load,
+    quantized,
+    sample,
+)
 
 # PyTorch's fp8 product on the CPU is a plain loop.
 SMALL = dict(width=32, height=32, tokens=4, steps=1)
@@ -35,11 +45,6 @@ NOT_IN_FILES = ("fp8_e4m3_rowwise", "int4_weight_only")
 @pytest.fixture(autouse=True)
 def as_on_a_card(fp8_product):
     pass
-
-
-def quantized(model, format=RUNNABLE[0], skip="", text=None):
-    with torch.inference_mode():
-        return quantize_repeated_blocks(model, format, skip, text or Texts())
 
 
 def linears(model):

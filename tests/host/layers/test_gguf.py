@@ -4,17 +4,14 @@ import re
 
 import pytest
 import torch
+from changes import with_lora
 from hotpath_pack.devtools import checkpoints, gguf_pack
 from hotpath_pack.host.compiling.warm_up import warm_up
 from hotpath_pack.host.residency.streaming import RESIDENCY
 from hotpath_pack.host.residency.weights import plain_layer
 from hotpath_pack.host.telling.report import describe
 from hotpath_pack.hotpath.template import NotHoistable
-from sampling import Counting, Texts, compiled, compiled_blocks, sample
-from test_counts import with_lora
-from test_offload import offloaded
-from test_quantize import quantized
-from test_streaming import assert_streams
+from sampling import Counting, Texts, assert_streams, compiled, compiled_blocks, offloaded, quantized, sample
 
 SMALL = dict(width=32, height=32, tokens=4, steps=1)
 PACKS = {"stand-in": gguf_pack.stand_in, "ComfyUI-GGUF": gguf_pack.real_pack}

@@ -6,10 +6,10 @@ import comfy.quant_ops
 import comfy_kitchen.tensor
 import pytest
 import torch
+from changes import in_low_vram
 from comfy.sd import load_lora_for_models
 from hotpath_pack.devtools import checkpoints
 from sampling import Counting, assert_parity, assert_two_graphs, compiled, compiled_blocks, load, sample
-from test_counts import in_low_vram
 
 SMALL = dict(width=32, height=32, tokens=4, steps=1)
 # What the host says of a layer in its file beside the format.
