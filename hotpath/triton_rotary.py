@@ -69,7 +69,8 @@ def norm_rotate_kernel(  # type: ignore[no-untyped-def]
     target = batch * out_batch_stride + (row + first) * out_token_stride + column
     for index in tl.static_range(block_heads):
         head = tl.program_id(1).to(tl.int64) * block_heads + index
-        here = inside & (head < heads)
+        # A block, as Triton 3.9's interpreter takes a comparison of scalars for no mask.
+        here = inside & (tl.broadcast_to(head, (1, 1)) < heads)
         place, goal = source + head * head_stride, target + head * out_head_stride
         x = tl.load(q + place, mask=here, other=0.0)
         x = _norm_and_rotate(x, wide_q_scale, first_column, second_column, eps, block_tokens, dim)
