@@ -1,4 +1,4 @@
-"""What Dynamo did, read from its own counters."""
+"""What Dynamo did, by what it counts."""
 
 from __future__ import annotations
 
@@ -8,8 +8,7 @@ from pathlib import Path
 from traceback import FrameSummary
 from types import CodeType
 
-from torch._dynamo import utils
-
+from .internal_state import counted
 from .reasons import THROWN_AWAY, plain_reason
 
 log = logging.getLogger(__name__)
@@ -17,17 +16,17 @@ log = logging.getLogger(__name__)
 
 def graphs_so_far() -> int:
     """Graphs compiled in this process: cheap enough to read around every call of a block."""
-    return utils.counters["stats"]["unique_graphs"]
+    return counted()[0]
 
 
 def breaks_so_far() -> int:
     """Graph breaks of this process."""
-    return len(utils.graph_break_reasons)
+    return len(counted()[1])
 
 
 def breaks_since(breaks: int) -> list[str]:
     """Where and why graphs broke after the first ``breaks`` of this process."""
-    reasons = utils.graph_break_reasons[breaks:]
+    reasons = counted()[1][breaks:]
     return [f"{next(iter(reason.reason.splitlines()), '')}{source_line(reason.user_stack)}" for reason in reasons]
 
 
@@ -38,7 +37,7 @@ def source_line(stack: Sequence[FrameSummary]) -> str:
 
 def guard_failures(code: CodeType) -> list[str]:
     """Why Dynamo compiled ``code`` again each time, in its own words."""
-    return [told.partition(": ")[2] or told for told in utils.guard_failures.get(code, ())]
+    return [told.partition(": ")[2] or told for told in counted()[2].get(code, ())]
 
 
 def why_compiled_again(code: CodeType, older: int, ahead: str) -> str:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch._inductor import config
 from torch._inductor.exc import CppCompileError
 
+from .internal_state import known_options
 from .internals import TRUSTED
 from .plain_forms import plain_forms
 
@@ -26,10 +26,9 @@ def region_options(mode: str, probe: bool) -> dict[str, Any]:
 
     Without ``probe`` nothing that is compiled with them has the C++ compiler probed; see ``internals.trust_compiler``.
     """
-    always: dict[str, Any] = {_LATE_VARIANTS: False, _CUDA_GRAPHS: False, _FIRST_PASS: plain_forms}
-    if hasattr(config, _LAUNCHES_OURS):
-        always[_LAUNCHES_OURS] = True
-    return {**torch._inductor.list_mode_options(mode), **always, **({} if probe else {TRUSTED: True})}
+    always: dict[str, Any] = {_CUDA_GRAPHS: False, _FIRST_PASS: plain_forms}
+    quicker = {_LATE_VARIANTS: False, _LAUNCHES_OURS: True, **({} if probe else {TRUSTED: True})}
+    return {**torch._inductor.list_mode_options(mode), **always, **known_options(quicker)}
 
 
 def may_lack_instructions(error: BaseException) -> bool:

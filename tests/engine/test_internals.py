@@ -5,9 +5,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 from hotpath_pack.hotpath import graphs, internals
+from hotpath_pack.hotpath.compiled import CompileSettings, Region
+from hotpath_pack.hotpath.inductor import region_options
 from hotpath_pack.hotpath.internals import NotAhead
 from test_graphs import Block, as_they_are, expected, region, run, weights
-from torch._inductor import codecache, cpu_vec_isa
+from torch._dynamo import utils
+from torch._inductor import codecache, config, cpu_vec_isa
 
 ahead = pytest.mark.skipif(not graphs.supported(), reason="needs PyTorch 2.11")
 
@@ -140,3 +143,36 @@ def test_guards_on_a_module_of_this_pack_are_not_kept():
     made = SimpleNamespace(_artifacts=SimpleNamespace(guards_state=b"... hotpath_pack.host.families.flux ..."))
     with pytest.raises(NotAhead, match="another folder"):
         internals.write_held(made, {}, {})
+
+
+@pytest.mark.parametrize(
+    "gone", ["dynamic_scale_rblock", internals.TRUSTED, "static_launch_user_defined_triton_kernels"]
+)
+def test_an_option_that_inductor_has_not_is_not_asked_for(monkeypatch, gone):
+    """It is found by its name as an attribute, a dotted one too, and makes code quicker alone."""
+    if hasattr(config, gone):
+        assert gone in region_options("default", probe=False)
+        monkeypatch.delitem(config._config, gone)
+    options = region_options("default", probe=False)
+    assert gone not in options and not options["triton.cudagraphs"]
+    # Which refuses any that Inductor has not.
+    torch.compile(Block(), options=options)
+
+
+@pytest.mark.parametrize("gone", [(), ("counters", "graph_break_reasons", "guard_failures")], ids=["has", "has not"])
+def test_what_dynamo_does_not_count_is_not_told(monkeypatch, gone):
+    """Graphs, breaks and guards that failed are counted from the start of the process."""
+
+    def breaking(inputs):
+        torch._dynamo.graph_break()
+        return inputs
+
+    for name in gone:
+        monkeypatch.delattr(utils, name)
+    compiled = Region("double block", Block(), breaking, CompileSettings(backend="eager", fullgraph=False))
+    run(compiled)
+    run(compiled, tokens=8)
+    run(compiled, batch=2)
+    stats = compiled.stats
+    assert (stats.graphs > 1, len(stats.breaks) > 0) == (not gone, not gone)
+    assert stats.recompiles == ([] if gone else ["batch size changed from 1 to 2"])
