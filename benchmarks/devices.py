@@ -56,7 +56,10 @@ def measure(
     there = patch.object(comfy.model_management, "get_all_torch_devices", lambda exclude_current=False: imitated)
     make, real_blocks, real_hidden = SHAPES[shape]
     dtype = torch.float32 if cpu else torch.bfloat16
-    weights = make(*(blocks or real_blocks), hidden=hidden or real_hidden, dtype=dtype)
+    made_on = "cpu" if cpu else "cuda"
+    made = make(*(blocks or real_blocks), hidden=hidden or real_hidden, dtype=dtype, device=made_on)
+    weights = {name: weight.cpu() for name, weight in made.items()}
+    del made
     with tempfile.TemporaryDirectory() as folder, there if cpu else nullcontext():
         path = checkpoints.save(Path(folder, "model.safetensors"), weights)
         with torch.inference_mode():
@@ -74,7 +77,7 @@ def measure(
     print_table([("", "    pixels   ms/step   x one   cold s  graphs  rel. diff"), *rows])
     if json:
         named = [{"name": name, "row": str(row).split()} for name, row in rows]
-        write_json(json, {"devices": count, "device": where, "torch": torch.__version__, "rows": named})
+        write_json(json, {**gpu_host.about(), "devices": count, "rows": named})
     return sides
 
 

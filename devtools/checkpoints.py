@@ -135,9 +135,10 @@ def flux2(
     guidance: bool = True,
     seed: int = 0,
     dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
 ) -> dict[str, Tensor]:
     """Flux.2 dev: one modulation for all blocks, gated MLPs, no biases. Klein without ``guidance``."""
-    weights = _Weights(seed, dtype)
+    weights = _Weights(seed, dtype, device)
     weights.linear("img_in", hidden, 128, bias=False)
     weights.linear("txt_in", hidden, text_width, bias=False)
     weights.embedder("time_in", hidden, 256, bias=False)

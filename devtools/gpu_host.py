@@ -65,6 +65,7 @@ def about() -> dict[str, str]:
     spec = sys.modules["__main__"].__spec__
     return {
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU",
+        "allocator": torch.cuda.get_allocator_backend() if torch.cuda.is_available() else "CPU",
         "torch": torch.__version__,
         "ComfyUI": __version__,
         "command": " ".join(["python -m", spec.name if spec else sys.argv[0], *sys.argv[1:]]),

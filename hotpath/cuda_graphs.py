@@ -8,6 +8,7 @@ after another share all of it.
 from __future__ import annotations
 
 import threading
+import warnings
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any, Protocol
@@ -69,8 +70,7 @@ class CudaGraphs:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._captures = _Captures(device)
-        own = torch.cuda.get_allocator_backend() == "native"
-        self._pieces = None if own else PieceRecorder(device, self._captures)
+        self._pieces = None if self._captures.own else PieceRecorder(device, self._captures)
 
     def record(self, run: Launch, weights: dict[str, Tensor]) -> Recording:
         if not _capturing.acquire(blocking=False):
@@ -108,6 +108,7 @@ class _Captures:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
+        self.own = torch.cuda.get_allocator_backend() == "native"
         self._pool: Any = None
         self._side: Any = None
         self._graph: Any = None
@@ -121,7 +122,9 @@ class _Captures:
         if self._broken:
             raise Unrecordable(self._broken)
         if self._pool is None:
-            self._pool, self._side = torch.cuda.graph_pool_handle(), torch.cuda.Stream(self._device)
+            self._pool = torch.cuda.graph_pool_handle()
+        if self._side is None:
+            self._side = torch.cuda.Stream(self._device)
         with torch.cuda.stream(self._side):
             yield
 
@@ -136,10 +139,18 @@ class _Captures:
         return self.end()
 
     def begin(self) -> None:
-        self._graph, self._free = torch.cuda.CUDAGraph(), torch.cuda.mem_get_info(self._device)[0]
+        graph, self._free = torch.cuda.CUDAGraph(), torch.cuda.mem_get_info(self._device)[0]
+        if not self.own:
+            # Only PyTorch's allocator has pools; of another it knows each graph by a name that is not used again.
+            self._pool = torch.cuda.graph_pool_handle()
         # A workspace from before could be freed while this holds its address; its own is memory like all else.
         torch._C._cuda_clearCublasWorkspaces()
-        self._graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+        try:
+            graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+        except BaseException:
+            self._leave_pool()
+            raise
+        self._graph = graph
 
     def end(self) -> Any:
         graph, self._graph = self._graph, None
@@ -154,24 +165,25 @@ class _Captures:
 
     def abandon(self, error: BaseException) -> None:
         graph, self._graph = self._graph, None
-        if graph is not None:
-            self._leave(graph, error)
+        self._leave(graph, error)
 
     def forget(self) -> None:
         self._pool, self.bytes = None, 0
 
     def _leave(self, graph: Any, error: BaseException) -> None:
-        """After a capture that failed, which may leave the allocator in the pool."""
-        if torch.cuda.get_allocator_backend() == "native":
-            with suppress(RuntimeError):
-                graph.capture_end()
-            with suppress(RuntimeError):
-                torch._C._cuda_endAllocateToPool(self._device.index, self._pool)
-            return
-        # What CUDA itself broke off can't give memory back: a workspace that is freed then ends the process.
-        if isinstance(error, RuntimeError) and "captur" in str(error):
+        """After a capture that failed."""
+        if not self.own and isinstance(error, RuntimeError) and "captur" in str(error):
+            # What CUDA itself broke off can't give memory back: a workspace that is freed then ends the process.
             self._broken = f"a recording was broken off ({str(error).splitlines()[0]})"
-        else:
+        elif not self.own:
             torch._C._cuda_clearCublasWorkspaces()
-        with suppress(RuntimeError):
+        with suppress(RuntimeError), warnings.catch_warnings():
+            # It may be empty.
+            warnings.simplefilter("ignore")
             graph.capture_end()
+        self._leave_pool()
+
+    def _leave_pool(self) -> None:
+        """A capture that failed may leave the allocator in the pool."""
+        with suppress(RuntimeError):
+            torch._C._cuda_endAllocateToPool(self._device.index, self._pool)

@@ -40,8 +40,8 @@ _CACHED = type(lru_cache(len))
 TRUSTED = "cpp.vec_isa_ok"
 # What Inductor's instruction sets note of themselves when they are probed.
 _FOUND = ("_is_avx512_bf16_supported", "_is_amx_fp16_supported")
-# Inductor's code that was loaded from its text.
-_loaded: weakref.WeakSet[ModuleType] = weakref.WeakSet()
+# The globals of Inductor's code, by what calls it.
+_code: weakref.WeakKeyDictionary[Any, dict[str, Any]] = weakref.WeakKeyDictionary()
 
 
 class NotAhead(Exception):
@@ -53,7 +53,14 @@ def compile_ahead(function: FunctionType, arguments: tuple[Any, ...], dynamic: b
     # What it would record are two more calls at each run.
     with torch._dynamo.config.patch(enable_aot_compile=True, record_runtime_overhead=False):
         compiled: Any = torch.compile(function, fullgraph=True, dynamic=dynamic, options=options)
-        return compiled.aot_compile((arguments, {}))
+        made = compiled.aot_compile((arguments, {}))
+    from torch._inductor.codecache import PyCodeCache
+
+    for module in PyCodeCache.modules:
+        _note(module)
+    if not _code:
+        raise NotAhead("Inductor's code is loaded in a way that is not known here")
+    return made
 
 
 def guards_and_code(made: Any) -> tuple[Any, Callable[..., Any]]:
@@ -239,7 +246,7 @@ def _runnable(entry: Any, kernels: Mapping[str, Callable[..., Any]]) -> Callable
     # Its Triton kernels are here, and no pool of processes is needed to compile them.
     with config.patch(compile_threads=1):
         spec.loader.exec_module(module)
-    _loaded.add(module)
+    _note(module)
     for name, value in CompiledFxGraphConstants().unwrap(graph).items():
         setattr(module, name, value)
     graph.current_callable = module.call
@@ -267,27 +274,29 @@ def lends(
     Raises:
         NotAhead: Inductor's code takes its memory in a way that is not known here.
     """
-    from torch._inductor.codecache import PyCodeCache
-
     name, thread = f"empty_strided_{device.type}", threading.get_ident()
-    modules = [module for module in (*PyCodeCache.modules, *_loaded) if hasattr(module, "call")]
-    if not all(callable(getattr(module, name, None)) for module in modules):
+    before = [(code, code.get(name)) for code in _code.values()]
+    if not all(callable(plain) for _, plain in before):
         raise NotAhead("Inductor takes memory in a way that is not known here")
 
-    def taking(plain: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    def taking(plain: Any) -> Callable[..., torch.Tensor]:
         def take(size: Sequence[int], stride: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
             return lend(size, stride, dtype) if threading.get_ident() == thread else plain(size, stride, dtype)
 
         return take
 
-    before = [(module, getattr(module, name)) for module in modules]
     try:
-        for module, plain in before:
-            setattr(module, name, taking(plain))
+        for code, plain in before:
+            code[name] = taking(plain)
         yield
     finally:
-        for module, plain in before:
-            setattr(module, name, plain)
+        for code, plain in before:
+            code[name] = plain
+
+
+def _note(module: Any) -> None:
+    if hasattr(module, "call"):
+        _code[getattr(module, "runner", module.call)] = vars(module)
 
 
 def storage_at(address: int, device: torch.device, count: int) -> Any:

@@ -123,7 +123,7 @@ class PieceRecorder:
                 return InPieces(session.record(run, weights), self._arena)
             except _Full as full:
                 needed = full.needed
-            self._arena = Arena(max(needed, 2 * self._arena.bytes), self._device)
+            self._arena = Arena(needed, self._device)
             self._arenas.add(self._arena)
 
 
@@ -194,29 +194,34 @@ class _Session(TorchDispatchMode):
 
     def _between(self, operator: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         self._end()
+        out, places = self._called(operator, args, kwargs)
+        self._pieces.append(_Call(operator, tree_map(_unowned, args), tree_map(_unowned, kwargs), places))
+        self._begin()
+        return out
+
+    def _called(
+        self, operator: Any, args: Sequence[Any], kwargs: Mapping[str, Any]
+    ) -> tuple[Any, list[tuple[int, Tensor]]]:
+        """Lent memory for the results of ``operator``, and which of them goes where."""
         # Of memory in which nothing was computed yet: whatever floats are, numbers of elements have to be right.
         made = operator(*tree_map(_harmless, args), **tree_map(_harmless, kwargs))
         places: list[tuple[int, Tensor]] = []
         numbers = iter(range(len(tree_leaves(made))))
+        seeded = torch.Tag.nondeterministic_seeded in operator.tags
 
         def lent(result: Any) -> Any:
             number = next(numbers)
-            if not isinstance(result, Tensor):
+            # Beside what it computes it may give the state of random numbers, which nothing here reads.
+            if not isinstance(result, Tensor) or (seeded and not result.is_floating_point()):
                 return result
             if result.device != self._device:
-                # The state of random numbers, which nothing here reads.
-                if torch.Tag.nondeterministic_seeded not in operator.tags:
-                    raise Unrecordable(f"{operator._schema.name} makes a tensor on another device")
-                return result
+                raise Unrecordable(f"{operator._schema.name} makes a tensor on another device")
             memory = self._arena.lend(result.shape, result.stride(), result.dtype)
             if result.numel():
                 places.append((number, _unowned(memory)))
             return memory
 
-        out = tree_map(lent, made)
-        self._pieces.append(_Call(operator, tree_map(_unowned, args), tree_map(_unowned, kwargs), places))
-        self._begin()
-        return out
+        return tree_map(lent, made), places
 
     def _lend(self, size: Sequence[int], stride: Sequence[int], dtype: torch.dtype) -> Tensor:
         # What is within is not of what is recorded.

@@ -1,11 +1,12 @@
 """Recordings in pieces: no memory is taken within one, and it computes what the code does."""
 
+import gc
 from functools import partial
 
 import pytest
 import torch
-from hotpath_pack.hotpath import pieces
-from hotpath_pack.hotpath.graphs import compile_graph
+from hotpath_pack.hotpath import internals, pieces
+from hotpath_pack.hotpath.graphs import compile_graph, load_graph
 from hotpath_pack.hotpath.internals import lends
 from hotpath_pack.hotpath.pieces import Arena, PieceRecorder, Unrecordable, _Full
 from hypothesis import given, settings
@@ -149,7 +150,8 @@ def test_what_waits_for_the_device_is_refused_before_it_runs(does):
     assert log.calls is None
 
 
-def test_inductors_code_takes_no_memory(monkeypatch):
+@pytest.mark.parametrize("loaded", [False, True], ids=["compiled", "loaded"])
+def test_inductors_code_takes_no_memory(loaded, monkeypatch, tmp_path):
     class CalledAtOnce(pieces._Call):
         def __init__(self, *told):
             super().__init__(*told)
@@ -164,6 +166,9 @@ def test_inductors_code_takes_no_memory(monkeypatch):
     x, out = torch.randn(10, 16), torch.empty(10, 16)
     graph = compile_graph(region, {}, weights, {"x": x}, ((10, 16),), {}, None)
     want = graph(weights, {"x": x})["x"]
+    if loaded:
+        graph = load_graph(graph.to_bytes(), region, {}, tmp_path)
+        gc.collect()
     runs = Runs()
     recorder = PieceRecorder(CPU, runs)
     places = []
@@ -183,8 +188,6 @@ def test_inductors_code_takes_no_memory(monkeypatch):
 def test_inductors_code_takes_memory_as_ever_in_other_threads_and_after():
     from threading import Thread
 
-    from torch._inductor.codecache import PyCodeCache
-
     graph = compile_graph(lambda weights, inputs: inputs["x"] + 1, {}, {}, {"x": torch.ones(4)}, ((4,),), {}, None)
     lent = []
 
@@ -192,7 +195,7 @@ def test_inductors_code_takes_memory_as_ever_in_other_threads_and_after():
         lent.append(size)
         return torch.empty(size, dtype=dtype)
 
-    before = [module.empty_strided_cpu for module in PyCodeCache.modules if hasattr(module, "call")]
+    before = [code["empty_strided_cpu"] for code in internals._code.values()]
     with lends(CPU, lend):
         thread = Thread(target=graph, args=({}, {"x": torch.ones(4)}))
         thread.start()
@@ -200,4 +203,4 @@ def test_inductors_code_takes_memory_as_ever_in_other_threads_and_after():
         assert not lent
         graph({}, {"x": torch.ones(4)})
         assert lent == [(4,)]
-    assert before == [module.empty_strided_cpu for module in PyCodeCache.modules if hasattr(module, "call")]
+    assert before == [code["empty_strided_cpu"] for code in internals._code.values()]
