@@ -39,7 +39,12 @@ def cudnn_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """
     with sdpa_kernel(_CUDNN_FIRST, set_priority=True):
         out = torch.nn.functional.scaled_dot_product_attention(q, k, v)
-    return out.transpose(1, 2).flatten(2)
+    return joined(out)
+
+
+def joined(x: Tensor) -> Tensor:
+    """(batch, heads, tokens, head dim) -> (batch, tokens, heads * head dim)."""
+    return x.transpose(1, 2).flatten(2)
 
 
 class AttentionMismatch(RuntimeError):

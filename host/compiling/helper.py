@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ...hotpath.artifacts import Kept, Store
-from ...hotpath.attention import attention_scope
+from ...hotpath.attention import attention_scope, joined
 from ...hotpath.compiled import Region
 from ...hotpath.environment import difference
 from ...hotpath.examples import example_inputs, example_weights
@@ -100,4 +100,4 @@ def _compile(job: Job) -> str:
 
 def _stand_in(q: Tensor, k: Tensor, v: Tensor, pe: Any, mask: Any, slices: Any) -> Tensor:
     """In place of patched attention, which runs outside of the region."""
-    return q.transpose(1, 2).flatten(2)
+    return joined(q)

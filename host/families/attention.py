@@ -11,7 +11,7 @@ import torch
 from comfy.model_patcher import ModelPatcher
 from torch import Tensor
 
-from ...hotpath.attention import Attend, cudnn_attention, opaque_attention
+from ...hotpath.attention import Attend, cudnn_attention, joined, opaque_attention
 from ...hotpath.compiled import Bind
 from ...hotpath.sizes import as_size, from_size
 from ...hotpath.template import NotHoistable
@@ -146,6 +146,26 @@ def called_out(
         q, k, v = by_heads(q, heads), by_heads(k, heads), by_heads(v, heads)
     exact = kwargs.get("low_precision_attention", True) is False
     return opaque_attention(q, k, v, None, mask, _EXACT if exact else [])
+
+
+def skipped(attend: Callable[..., Tensor], q: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """An override of the host's attention that computes none, where a patch after it gives what it would."""
+    return joined(q)
+
+
+def attend_by_heads(
+    attention: Callable[..., Tensor],
+    options: Mapping[str, Any],
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    pe: Tensor | None,
+    mask: Tensor | None,
+    slices: Sequence[int],
+) -> Tensor:
+    """``attention`` of the host, on the full options of this very call."""
+    asked = {"transformer_options": options, "skip_reshape": True, **precision(slices)}
+    return attention(q, k, v, q.shape[1], mask, **asked)
 
 
 def precision(slices: Sequence[int]) -> dict[str, bool]:

@@ -18,7 +18,7 @@ from ...hotpath.sizes import as_size, from_size
 from ...hotpath.template import NotHoistable
 from ...hotpath.values import plainly_strided
 from ..layers.containers import preferred_attention
-from .attention import is_overridden
+from .attention import is_overridden, skipped
 from .flux_fused import IN_HALVES, ROTATES, WITH_EPILOGUE
 from .kinds import BlockKind, Family, Interface, SharedForward, random_tensor
 
@@ -188,14 +188,11 @@ def bind_opaque(inputs: Mapping[str, Any]) -> Mapping[str, Any]:
         result.append(opaque_attention(q, k, v, pe, attn_mask, extra_options.get("img_slice", [])))
         return {"pe": None}
 
-    def skip_attention(func: Callable[..., Tensor], q: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        return q.transpose(1, 2).flatten(2)
-
     def deliver(attn: Tensor, extra_options: dict[str, Any]) -> Tensor:
         return result[0]
 
     patches = {"attn1_patch": [call_out], "attn1_output_patch": [deliver]}
-    return _arguments(inputs, {"patches": patches, "optimized_attention_override": skip_attention})
+    return _arguments(inputs, {"patches": patches, "optimized_attention_override": skipped})
 
 
 def bind_for(attend: Attend | None, like: Tensor) -> Callable[[Mapping[str, Any]], Mapping[str, Any]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import comfy.ldm.krea2.model as host
@@ -18,6 +18,7 @@ from .attention import (
     is_plain,
     mask_dims,
     region_arguments,
+    skipped,
 )
 from .kinds import BlockKind, Family, Interface, random_tensor
 
@@ -81,14 +82,11 @@ def bind_opaque(inputs: Mapping[str, Any]) -> Mapping[str, Any]:
         result.append(opaque_attention(q, k, v, pe, attn_mask, []))
         return {"pe": None}
 
-    def skip_attention(func: Callable[..., Tensor], q: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        return q.transpose(1, 2).flatten(2)
-
     def deliver(attn: Tensor, extra_options: dict[str, Any]) -> Tensor:
         return result[0]
 
     patches = {"attn1_patch": [call_out], "attn1_output_patch": [deliver]}
-    options = {"block_index": 0, "patches": patches, "optimized_attention_override": skip_attention}
+    options = {"block_index": 0, "patches": patches, "optimized_attention_override": skipped}
     return block_arguments(inputs, options)
 
 

@@ -13,7 +13,7 @@ import comfy.ldm.lightricks.av_model as host
 import comfy.ldm.modules.attention
 from torch import Tensor, nn
 
-from ...hotpath.attention import Attend
+from ...hotpath.attention import Attend, joined
 from ...hotpath.sizes import as_size, from_size
 from ...hotpath.template import NotHoistable
 from .attention import called_out, chosen, cudnn_first, is_plain, mask_dims, precision
@@ -55,7 +55,7 @@ def _attend(
 ) -> Tensor:
     """Attention on the full options of this very call."""
     heads = q.shape[1]
-    q, k, v = (x.transpose(1, 2).flatten(2) for x in (q, k, v))
+    q, k, v = (joined(x) for x in (q, k, v))
     asked = {"mask": mask, "transformer_options": options, **precision(slices)}
     return comfy.ldm.modules.attention.optimized_attention(q, k, v, heads, **asked)
 

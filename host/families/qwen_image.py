@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ...hotpath.attention import Attend, opaque_attention
 from .attention import (
+    attend_by_heads,
     bind_called_out,
     bind_cudnn,
     bind_traced,
@@ -19,7 +20,6 @@ from .attention import (
     chosen,
     is_plain,
     mask_dims,
-    precision,
     region_arguments,
 )
 from .kinds import BlockKind, Family, Interface, random_tensor
@@ -29,27 +29,15 @@ _MASK = "encoder_hidden_states_mask"
 
 def attention_for(options: Mapping[str, Any], block: nn.Module) -> Attend | None:
     """See ``Interface``."""
-    if is_plain(host.optimized_attention_masked, options, ("attn1_patch",)):
+    attention = host.optimized_attention_masked
+    if is_plain(attention, options, ("attn1_patch",)):
         return None
     patched = options.get("patches", {}).get("attn1_patch")
-    return functools.partial(_patch_and_attend if patched else _attend, options)
-
-
-def _attend(
-    options: Mapping[str, Any],
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    pe: Tensor | None,
-    mask: Tensor | None,
-    slices: Sequence[int],
-) -> Tensor:
-    """Attention on the full options of this very call."""
-    asked = {"transformer_options": options, "skip_reshape": True, **precision(slices)}
-    return host.optimized_attention_masked(q, k, v, q.shape[1], mask, **asked)
+    return functools.partial(_patch_and_attend if patched else attend_by_heads, attention, options)
 
 
 def _patch_and_attend(
+    attention: Callable[..., Tensor],
     options: Mapping[str, Any],
     q: Tensor,
     k: Tensor,
@@ -69,7 +57,8 @@ def _patch_and_attend(
         out = patch(q, k, v, pe=pe, attn_mask=mask, extra_options=extra_options)
         q, k, v = out.get("q", q), out.get("k", k), out.get("v", v)
         pe, mask = out.get("pe", pe), out.get("attn_mask", mask)
-    return _attend(options, host.apply_rope1(q, pe), host.apply_rope1(k, pe), v, None, joint, ())
+    q, k = host.apply_rope1(q, pe), host.apply_rope1(k, pe)
+    return attend_by_heads(attention, options, q, k, v, None, joint, ())
 
 
 def region_inputs(inputs: Mapping[str, Any], like: Tensor, dynamic: bool) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from typing import Any
 import comfy.ldm.wan.model as host
 from torch import Tensor, nn
 
-from ...hotpath.attention import Attend, opaque_attention
+from ...hotpath.attention import Attend, joined, opaque_attention
 from .attention import (
     bind_cudnn,
     bind_traced,
@@ -44,7 +44,7 @@ def _attend(
 ) -> Tensor:
     """Attention, or the patches after it, on the full options of this very call."""
     heads, stage, patches = q.shape[1], list(slices), options.get("patches", {})
-    x = v.transpose(1, 2).flatten(2)
+    x = joined(v)
     if stage == _AFTER_SELF:
         for patch in patches.get("attn1_patch", ()):
             x = patch({"x": x, "q": q.transpose(1, 2), "k": k.transpose(1, 2), "transformer_options": options})
@@ -53,8 +53,9 @@ def _attend(
         for patch in patches.get("attn2_patch", ()):
             x = patch({"x": x, "transformer_options": options})
         return x
-    q, k = q.transpose(1, 2).flatten(2), k.transpose(1, 2).flatten(2)
-    return host.optimized_attention(q, k, x, heads=heads, transformer_options=options, **precision(slices))
+    return host.optimized_attention(
+        joined(q), joined(k), x, heads=heads, transformer_options=options, **precision(slices)
+    )
 
 
 def region_inputs(inputs: Mapping[str, Any], like: Tensor, dynamic: bool) -> dict[str, Any]:

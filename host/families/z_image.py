@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import comfy.ldm.lumina.model as host
@@ -12,13 +12,13 @@ from torch import Tensor, nn
 from ...hotpath.attention import Attend
 from ...hotpath.template import NotHoistable
 from .attention import (
+    attend_by_heads,
     bind_called_out,
     bind_cudnn,
     bind_traced,
     chosen,
     is_plain,
     mask_dims,
-    precision,
     region_arguments,
 )
 from .kinds import BlockKind, Family, Interface, random_tensor
@@ -28,22 +28,8 @@ _ZERO = "timestep_zero_index"
 
 def attention_for(options: Mapping[str, Any], block: nn.Module) -> Attend | None:
     """See ``Interface``."""
-    plain = is_plain(host.optimized_attention_masked, options, ())
-    return None if plain else functools.partial(_attend, options)
-
-
-def _attend(
-    options: Mapping[str, Any],
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    pe: Tensor | None,
-    mask: Tensor | None,
-    slices: Sequence[int],
-) -> Tensor:
-    """Attention on the full options of this very call."""
-    asked = {"transformer_options": options, "skip_reshape": True, **precision(slices)}
-    return host.optimized_attention_masked(q, k, v, q.shape[1], mask, **asked)
+    attention = host.optimized_attention_masked
+    return None if is_plain(attention, options, ()) else functools.partial(attend_by_heads, attention, options)
 
 
 def region_inputs(inputs: Mapping[str, Any], like: Tensor, dynamic: bool) -> dict[str, Any]:

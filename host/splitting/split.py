@@ -27,6 +27,7 @@ from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import CallbacksMP, WrapperExecutor, WrappersMP
 from torch import Tensor, nn
 
+from ...hotpath.attention import joined
 from ...hotpath.first_run import stands_in
 from ...hotpath.split import Crew, DeviceFailed, Exchange, NotShared, places_of, share_of_mask, shares
 from ..compiling.compile import compiled_blocks
@@ -320,7 +321,7 @@ def _attend(
     """An override of the host's attention: the queries of one device, the keys and values of all."""
     by_head = bool(kwargs.get("skip_reshape"))
     if stands_in():
-        return q.transpose(1, 2).flatten(2) if by_head else q
+        return joined(q) if by_head else q
     keys, values = zip(*exchange.gather(place, (k, v)), strict=True)
     dim = 2 if by_head else 1
     return attention(q, torch.cat(keys, dim), torch.cat(values, dim), heads, *args, **kwargs)
