@@ -76,10 +76,11 @@ class CudaGraphs:
         if not _capturing.acquire(blocking=False):
             raise Busy("another thread is recording")
         try:
-            with torch.cuda.device(self._device), self._captures.stream():
+            with torch.cuda.device(self._device):
                 if self._pieces is not None:
                     return self._pieces.record(run, weights)
-                return self._captures.whole(run, weights)
+                with self._captures.stream():
+                    return self._captures.whole(run, weights)
         finally:
             _capturing.release()
 

@@ -1,15 +1,15 @@
 """Recordings in pieces, where a recording can't take memory: graphs, with calls of operators between them.
 
 With cudaMallocAsync, which ComfyUI has PyTorch use, memory that is taken while a CUDA graph is recorded is there only
-once the graph runs, and Triton launches no kernel on it. So none is taken: Inductor's code is lent memory that is there
-(``Arena``), and an operator that makes its own result, such as attention, is called between two graphs, its result
-copied to lent memory.
+once the graph runs, and Triton launches no kernel on it. So Inductor's code is lent memory that is there (``Arena``).
+The result of attention, which takes its own, is copied there, and what else takes its own is called between two graphs.
 """
 
 from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
 import torch
@@ -24,6 +24,8 @@ from .internals import lends, storage_at
 _ALIGNMENT = 512
 # Operators that write memory which they are given, and that a CUDA graph can hold; pointwise ones are, too.
 _WRITES = {"mm", "addmm", "bmm", "baddbmm", "_scaled_mm", "_int_mm", "_addmm_activation", "copy_", "fill_", "zero_"}
+# Operators that take memory which only they and copies read, so that a CUDA graph may take it.
+_ATTENTION = ("aten::_scaled_dot_product_", "aten::_flash_attention", "aten::_efficient_attention")
 _DEPENDS_ON_DATA = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
 
 
@@ -38,7 +40,9 @@ class Piece(Protocol):
 
 
 class Capture(Protocol):
-    """Records what is launched from ``begin`` to ``end``."""
+    """Records what is launched from ``begin`` to ``end``, within its ``stream``."""
+
+    def stream(self) -> AbstractContextManager[None]: ...
 
     def begin(self) -> None: ...
 
@@ -164,13 +168,15 @@ class _Session(TorchDispatchMode):
 
     def record(self, run: Callable[[dict[str, Tensor]], None], weights: dict[str, Tensor]) -> list[Piece]:
         try:
-            self._begin()
-            with lends(self._device, self._lend), self:
-                run(weights)
-            self._end()
+            with self._capture.stream():
+                self._begin()
+                with lends(self._device, self._lend), self:
+                    run(weights)
+                self._end()
         except BaseException as error:
             if self._begun:
-                self._capture.abandon(error)
+                with self._capture.stream():
+                    self._capture.abandon(error)
             for piece in self._pieces:
                 piece.reset()
             raise
@@ -187,37 +193,51 @@ class _Session(TorchDispatchMode):
         if elsewhere or _DEPENDS_ON_DATA.intersection(func.tags):
             raise Unrecordable(f"{schema.name} makes Python wait for the device")
         if not schema.is_mutable:
-            return self._between(func, args, kwargs)
+            recorded = schema.name.startswith(_ATTENTION)
+            return (self._within if recorded else self._between)(func, args, kwargs)
         if (all(written) and schema.name.removeprefix("aten::") in _WRITES) or torch.Tag.pointwise in func.tags:
             return func(*args, **kwargs)
         raise Unrecordable(f"{schema.name} may take memory or wait for the device")
 
     def _between(self, operator: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         self._end()
-        out, places = self._called(operator, args, kwargs)
+        # In memory in which nothing was computed yet: whatever floats are, numbers of elements have to be right.
+        made = operator(*tree_map(_harmless, args), **tree_map(_harmless, kwargs))
+        out, places = self._lent_for(operator, made)
+        # Else it would be given back within what is recorded next.
+        del made
         self._pieces.append(_Call(operator, tree_map(_unowned, args), tree_map(_unowned, kwargs), places))
         self._begin()
         return out
 
-    def _called(
-        self, operator: Any, args: Sequence[Any], kwargs: Mapping[str, Any]
-    ) -> tuple[Any, list[tuple[int, Tensor]]]:
-        """Lent memory for the results of ``operator``, and which of them goes where."""
-        # Of memory in which nothing was computed yet: whatever floats are, numbers of elements have to be right.
-        made = operator(*tree_map(_harmless, args), **tree_map(_harmless, kwargs))
+    def _within(self, operator: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        made = operator(*args, **kwargs)
+        try:
+            out, places = self._lent_for(operator, made)
+            results = tree_leaves(made)
+            for number, place in places:
+                place.copy_(results[number])
+        finally:
+            # What was taken within a recording has to be given back within it, also where that ends here.
+            made = results = None
+        return out
+
+    def _lent_for(self, operator: Any, made: Any) -> tuple[Any, list[tuple[int, Tensor]]]:
+        """Lent memory for what ``operator`` made, and which of its results goes where."""
         places: list[tuple[int, Tensor]] = []
         numbers = iter(range(len(tree_leaves(made))))
         seeded = torch.Tag.nondeterministic_seeded in operator.tags
 
         def lent(result: Any) -> Any:
             number = next(numbers)
-            # Beside what it computes it may give the state of random numbers, which nothing here reads.
-            if not isinstance(result, Tensor) or (seeded and not result.is_floating_point()):
+            if not isinstance(result, Tensor):
                 return result
-            if result.device != self._device:
+            # Beside what it computes it may give the state of random numbers, which nothing here reads.
+            state = seeded and not result.is_floating_point()
+            if result.device != self._device and not state:
                 raise Unrecordable(f"{operator._schema.name} makes a tensor on another device")
             memory = self._arena.lend(result.shape, result.stride(), result.dtype)
-            if result.numel():
+            if result.numel() and not state:
                 places.append((number, _unowned(memory)))
             return memory
 
