@@ -24,6 +24,7 @@ sys.modules["hotpath_pack"] = pack
 
 import sweeps  # noqa: E402
 from hotpath_pack import dev  # noqa: E402
+from hotpath_pack.devtools import environments  # noqa: E402
 
 # A shared machine can take any time for an example.
 hypothesis.settings.register_profile("hotpath", deadline=None)
@@ -64,7 +65,7 @@ def one_compile_only():
 @pytest.fixture(scope="session")
 def packed(tmp_path_factory):
     """The archive of ``dev.py package``; test files that run side by side make it one after the other."""
-    cache = dev.cache_folder(os.environ, sys.platform, Path.home())
+    cache = environments.cache_folder(os.environ, sys.platform, Path.home())
     cache.mkdir(parents=True, exist_ok=True)
-    with dev.locked(cache / "package.lock"):
+    with environments.locked(cache / "package.lock"):
         return Path(shutil.copy(dev.package(cache), tmp_path_factory.mktemp("packed")))

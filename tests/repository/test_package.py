@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 from hotpath_pack import dev
+from hotpath_pack.devtools import environments
 from hotpath_pack.devtools.server import PACK
 
-CACHE = dev.cache_folder(os.environ, sys.platform, Path.home())
+CACHE = environments.cache_folder(os.environ, sys.platform, Path.home())
 TOLD = {"CHANGELOG.md", "LICENSE", "README.md", "requirements.txt"}
 
 
@@ -35,6 +36,6 @@ def test_what_the_registry_would_drop_or_refuse_is_an_error(tmp_path, monkeypatc
     with (tmp_path / file).open("a", encoding="utf-8") as wrong:
         wrong.write(f"{content}\n")
     monkeypatch.setattr(dev, "ROOT", tmp_path)
-    with pytest.raises(dev.SetupError, match=said):
+    with pytest.raises(environments.SetupError, match=said):
         dev.package(CACHE)
     assert not (tmp_path / "node.zip").exists()
