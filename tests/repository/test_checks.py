@@ -56,6 +56,19 @@ def test_only_the_host_room_and_node_schemas_know_comfyui():
     assert known <= {"comfy_api.latest", "comfy.model_patcher"}
 
 
+def test_no_file_is_too_long_to_read_at_once():
+    paths = [ROOT / "dev.py", *(path for name in (*PACKAGES, "tests") for path in (ROOT / name).rglob("*.py"))]
+    assert [str(path) for path in paths if path.read_text(encoding="utf-8").count("\n") > 400] == []
+
+
+def test_tests_of_the_host_are_in_its_rooms_and_each_file_has_a_name_of_its_own():
+    rooms = [{path.parent.name for path in (ROOT / top).glob("*/*.py")} for top in ("host", "tests/host")]
+    assert rooms[1] <= rooms[0]
+    # pytest imports them by that name alone.
+    names = [path.name for path in (ROOT / "tests").rglob("test_*.py")]
+    assert len(names) == len(set(names))
+
+
 def test_requirements_list_no_torch():
     lines = (ROOT / "requirements.txt").read_text(encoding="utf-8").splitlines()
     assert not [line for line in lines if re.match(r"torch", line.strip())]
