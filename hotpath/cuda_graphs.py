@@ -111,6 +111,7 @@ class _Captures:
         self._device = device
         self.own = torch.cuda.get_allocator_backend() == "native"
         self._pool: Any = None
+        self._keeper: Any = None
         self._side: Any = None
         self._graph: Any = None
         self._free = 0
@@ -122,11 +123,14 @@ class _Captures:
         """Within it, what is launched can be recorded."""
         if self._broken:
             raise Unrecordable(self._broken)
-        if self._pool is None:
-            self._pool = torch.cuda.graph_pool_handle()
         if self._side is None:
             self._side = torch.cuda.Stream(self._device)
         with torch.cuda.stream(self._side):
+            if self.own and self._pool is None:
+                self._pool = torch.cuda.graph_pool_handle()
+                # A pool that no graph is in can't be used again.
+                self.begin()
+                self._keeper = self._ended(self._graph)
             yield
 
     def whole(self, run: Launch, weights: dict[str, Tensor]) -> Recording:
@@ -169,7 +173,7 @@ class _Captures:
         self._leave(graph, error)
 
     def forget(self) -> None:
-        self._pool, self.bytes = None, 0
+        self._pool, self._keeper, self.bytes = None, None, 0
 
     def _leave(self, graph: Any, error: BaseException) -> None:
         """After a capture that failed."""
@@ -178,11 +182,17 @@ class _Captures:
             self._broken = f"a recording was broken off ({str(error).splitlines()[0]})"
         elif not self.own:
             torch._C._cuda_clearCublasWorkspaces()
-        with suppress(RuntimeError), warnings.catch_warnings():
-            # It may be empty.
+        with suppress(RuntimeError):
+            self._ended(graph)
+        self._leave_pool()
+
+    @staticmethod
+    def _ended(graph: Any) -> Any:
+        """``graph``, in which there may be nothing."""
+        with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             graph.capture_end()
-        self._leave_pool()
+        return graph
 
     def _leave_pool(self) -> None:
         """A capture that failed may leave the allocator in the pool."""

@@ -211,15 +211,22 @@ class _Session(TorchDispatchMode):
         return out
 
     def _within(self, operator: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-        made = operator(*args, **kwargs)
+        made, out, failed = operator(*args, **kwargs), None, None
         try:
             out, places = self._lent_for(operator, made)
             results = tree_leaves(made)
             for number, place in places:
                 place.copy_(results[number])
+        except Exception as error:
+            # Frames that it went through hold what was taken, which has to be given back before the recording ends.
+            failed = error.with_traceback(None)
+        made = results = None
+        try:
+            if failed is not None:
+                raise failed
         finally:
-            # What was taken within a recording has to be given back within it, also where that ends here.
-            made = results = None
+            # It holds this frame.
+            failed = None
         return out
 
     def _lent_for(self, operator: Any, made: Any) -> tuple[Any, list[tuple[int, Tensor]]]:
