@@ -260,8 +260,8 @@ class _Session(TorchDispatchMode):
         self._begun = True
 
     def _end(self) -> None:
-        self._pieces.append(self._capture.end())
         self._begun = False
+        self._pieces.append(self._capture.end())
 
 
 def _tensors(value: Any) -> list[Tensor]:
