@@ -211,16 +211,16 @@ class _Session(TorchDispatchMode):
         return out
 
     def _within(self, operator: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-        made, out, failed = operator(*args, **kwargs), None, None
+        made: Any = operator(*args, **kwargs)
+        out, failed = None, None
         try:
             out, places = self._lent_for(operator, made)
-            results = tree_leaves(made)
             for number, place in places:
-                place.copy_(results[number])
+                place.copy_(tree_leaves(made)[number])
         except Exception as error:
             # Frames that it went through hold what was taken, which has to be given back before the recording ends.
             failed = error.with_traceback(None)
-        made = results = None
+        made = None
         try:
             if failed is not None:
                 raise failed
