@@ -16,6 +16,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from .internal_memory import clear_workspaces, current_stream, leave_pool
 from .pieces import PieceRecorder, Unrecordable
 
 Launch = Callable[[dict[str, Tensor]], None]
@@ -85,7 +86,7 @@ class CudaGraphs:
             _capturing.release()
 
     def stream(self) -> Hashable:
-        return torch._C._cuda_getCurrentRawStream(self._device.index)
+        return current_stream(self._device)
 
     def pool_bytes(self) -> int:
         return self._captures.bytes + (self._pieces.bytes if self._pieces is not None else 0)
@@ -149,7 +150,7 @@ class _Captures:
             # Only PyTorch's allocator has pools; of another it knows each graph by a name that is not used again.
             self._pool = torch.cuda.graph_pool_handle()
         # A workspace from before could be freed while this holds its address; its own is memory like all else.
-        torch._C._cuda_clearCublasWorkspaces()
+        clear_workspaces()
         try:
             graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
         except BaseException:
@@ -160,7 +161,7 @@ class _Captures:
     def end(self) -> Any:
         graph, self._graph = self._graph, None
         try:
-            torch._C._cuda_clearCublasWorkspaces()
+            clear_workspaces()
             graph.capture_end()
         except BaseException as error:
             self._leave(graph, error)
@@ -181,7 +182,7 @@ class _Captures:
             # What CUDA itself broke off can't give memory back: a workspace that is freed then ends the process.
             self._broken = f"a recording was broken off ({str(error).splitlines()[0]})"
         elif not self.own:
-            torch._C._cuda_clearCublasWorkspaces()
+            clear_workspaces()
         with suppress(RuntimeError):
             self._ended(graph)
         self._leave_pool()
@@ -197,4 +198,4 @@ class _Captures:
     def _leave_pool(self) -> None:
         """A capture that failed may leave the allocator in the pool."""
         with suppress(RuntimeError):
-            torch._C._cuda_endAllocateToPool(self._device.index, self._pool)
+            leave_pool(self._device, self._pool)

@@ -15,9 +15,7 @@ import io
 import re
 import tempfile
 import threading
-import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
 from functools import lru_cache
 from hashlib import sha256
 from pathlib import Path
@@ -27,6 +25,7 @@ from typing import Any
 import torch
 
 from .fingerprint import PACK
+from .internal_memory import any_code, note_code
 from .values import tensors_in
 
 _MAKES_KERNELS = "async_compile = AsyncCompile()"
@@ -40,8 +39,6 @@ _CACHED = type(lru_cache(len))
 TRUSTED = "cpp.vec_isa_ok"
 # What Inductor's instruction sets note of themselves when they are probed.
 _FOUND = ("_is_avx512_bf16_supported", "_is_amx_fp16_supported")
-# The globals of Inductor's code, by what calls it.
-_code: weakref.WeakKeyDictionary[Any, dict[str, Any]] = weakref.WeakKeyDictionary()
 
 
 class NotAhead(Exception):
@@ -57,8 +54,8 @@ def compile_ahead(function: FunctionType, arguments: tuple[Any, ...], dynamic: b
     from torch._inductor.codecache import PyCodeCache
 
     for module in PyCodeCache.modules:
-        _note(module)
-    if not _code:
+        note_code(module)
+    if not any_code():
         raise NotAhead("Inductor's code is loaded in a way that is not known here")
     return made
 
@@ -246,7 +243,7 @@ def _runnable(entry: Any, kernels: Mapping[str, Callable[..., Any]]) -> Callable
     # Its Triton kernels are here, and no pool of processes is needed to compile them.
     with config.patch(compile_threads=1):
         spec.loader.exec_module(module)
-    _note(module)
+    note_code(module)
     for name, value in CompiledFxGraphConstants().unwrap(graph).items():
         setattr(module, name, value)
     graph.current_callable = module.call
@@ -262,46 +259,6 @@ def _runnable(entry: Any, kernels: Mapping[str, Callable[..., Any]]) -> Callable
     ):
         run = entry.wrap_post_compile([], entry.sanitized_aot_config, boxed)
     return lambda *arguments: run(list(arguments))
-
-
-@contextmanager
-def lends(
-    device: torch.device, lend: Callable[[Sequence[int], Sequence[int], torch.dtype], torch.Tensor]
-) -> Iterator[None]:
-    """Have all of Inductor's code that runs in this thread take memory of ``device`` from ``lend(size, stride, dtype)``
-    within the scope.
-
-    Raises:
-        NotAhead: Inductor's code takes its memory in a way that is not known here.
-    """
-    name, thread = f"empty_strided_{device.type}", threading.get_ident()
-    before = [(code, code.get(name)) for code in _code.values()]
-    if not all(callable(plain) for _, plain in before):
-        raise NotAhead("Inductor takes memory in a way that is not known here")
-
-    def taking(plain: Any) -> Callable[..., torch.Tensor]:
-        def take(size: Sequence[int], stride: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
-            return lend(size, stride, dtype) if threading.get_ident() == thread else plain(size, stride, dtype)
-
-        return take
-
-    try:
-        for code, plain in before:
-            code[name] = taking(plain)
-        yield
-    finally:
-        for code, plain in before:
-            code[name] = plain
-
-
-def _note(module: Any) -> None:
-    if hasattr(module, "call"):
-        _code[getattr(module, "runner", module.call)] = vars(module)
-
-
-def storage_at(address: int, device: torch.device, count: int) -> Any:
-    """``count`` bytes at an address as a storage that does not own them."""
-    return torch._C._construct_storage_from_data_pointer(address, device, count)
 
 
 class _Text(importlib.abc.InspectLoader):

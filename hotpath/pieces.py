@@ -18,7 +18,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from .internals import lends, storage_at
+from .internal_memory import lends, storage_at, unseen
 
 # As memory of its own would be.
 _ALIGNMENT = 512
@@ -252,7 +252,7 @@ class _Session(TorchDispatchMode):
 
     def _lend(self, size: Sequence[int], stride: Sequence[int], dtype: torch.dtype) -> Tensor:
         # What is within is not of what is recorded.
-        with torch._C._DisableTorchDispatch():
+        with unseen():
             return self._arena.lend(size, stride, dtype)
 
     def _begin(self) -> None:

@@ -13,6 +13,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .internal_memory import users
+
 _ALIGNMENT = 64
 
 
@@ -112,7 +114,7 @@ class StaticInputs:
         return [group for group, span in enumerate(found.spans) if span.start != self._starts[group]]
 
     def _users(self) -> list[int]:
-        return [torch._C._storage_Use_Count(storage._cdata) for storage in self._storages]
+        return [users(storage) for storage in self._storages]
 
 
 def flatten(value: Any) -> tuple[list[Tensor], Hashable]:

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ...hotpath.attention import Attend
 from ...hotpath.cuda_graphs import CudaGraphs, Recorder
+from ...hotpath.internal_memory import recordable
 from ...hotpath.recorded import Addresses, Graph, Recordings
 from ...hotpath.settings import CUDA_GRAPH_MODES, CompileSettings
 from ..layers.bypass import in_bypass
@@ -42,7 +43,7 @@ BYPASS = "a LoRA is in bypass mode"
 
 def recorder_for(device: torch.device) -> Recorder | None:
     """What records on ``device``; None where nothing can."""
-    if device.type != "cuda" or not comfy.model_management.is_nvidia():
+    if device.type != "cuda" or not comfy.model_management.is_nvidia() or not recordable():
         return None
     return CudaGraphs(device)
 
