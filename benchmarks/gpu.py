@@ -163,7 +163,7 @@ def measure_starts(blocks: tuple[int, int], rounds: int, names: Sequence[str] | 
     print(f"\n{torch.cuda.get_device_name()}, torch {torch.__version__}, {blocks[0]} + {blocks[1]} blocks")
     print_table(start.rows(seen))
     if json:
-        write_json(json, seen)
+        write_json(json, {**gpu_host.about(), "blocks": blocks, "sides": seen})
     return 0
 
 

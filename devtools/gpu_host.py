@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import runpy
 import sys
 import types
 from collections.abc import Callable
@@ -60,14 +61,13 @@ def start(dynamic_vram: bool = True, cpu: bool = False) -> None:
 
 def about() -> dict[str, str]:
     """What a result must tell beside its numbers: the card, the versions and the command."""
-    from comfyui_version import __version__
-
+    host = runpy.run_path(os.path.join(os.environ["COMFYUI_PATH"], "comfyui_version.py"))
     spec = sys.modules["__main__"].__spec__
     return {
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU",
         "allocator": torch.cuda.get_allocator_backend() if torch.cuda.is_available() else "CPU",
         "torch": torch.__version__,
-        "ComfyUI": __version__,
+        "ComfyUI": host["__version__"],
         "command": " ".join(["python -m", spec.name if spec else sys.argv[0], *sys.argv[1:]]),
     }
 
