@@ -80,7 +80,7 @@ def test_the_same_bits_whatever_moves_between(dynamic, format):
     )
     # The first run of all may differ from those after it, in the host itself.
     sample(pairs[0][0], SIZES[0], steps=1)
-    choose, wants, replayed = random.Random(0), {}, 0
+    choose, wants, replayed, counted = random.Random(0), {}, 0, 0
     for turn in range(24):
         number, size, cfg = choose.randrange(len(pairs)), choose.choice(SIZES), choose.choice((1.0, 3.0))
         off, on = pairs[number]
@@ -93,9 +93,10 @@ def test_the_same_bits_whatever_moves_between(dynamic, format):
             # The host itself computes otherwise in the step in which it adds a LoRA to quantized weights.
             sample(pairs[0][0], SIZES[0], steps=1)
         assert torch.equal(sample(on, **run), wants[number, size, cfg]), (turn, number, run)
-        replayed += replays_of(on).replayed == {"double": 2, "single": 3}
+        counted += not patched
+        replayed += not patched and replays_of(on).replayed == {"double": 2, "single": 3}
     # Where the host left weights in RAM they are not recorded.
-    assert replayed >= 18, replays_of(on).summary()
+    assert replayed >= 0.75 * counted, replays_of(on).summary()
 
 
 def test_a_step_takes_no_more_memory_and_gives_it_back():
