@@ -20,7 +20,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
-from torch.func import functional_call
 
 from .artifacts import Kept, NotKept
 from .counters import breaks_since, breaks_so_far, graphs_so_far, guard_failures, why_compiled_again
@@ -31,6 +30,7 @@ from .inductor import may_lack_instructions, region_options
 from .internals import forget_compiler, trust_compiler
 from .limits import compiling
 from .memory import peak_bytes
+from .placing import call_placed, places_in
 from .reasons import plain_reason
 from .settings import CompileSettings
 from .starting import start_workers
@@ -71,11 +71,12 @@ class Region:
         self.stats = RegionStats()
         self.compiled = False
 
+        places = places_in(template)
+
         def region(weights: dict[str, Tensor], inputs: dict[str, Any]) -> Any:
             if not torch.compiler.is_compiling():
                 raise Uncompiled
-            # Defaults that are left out would be two more dependencies of each graph.
-            return functional_call(template, weights, (), dict(bind(inputs)), tie_weights=True, strict=False)
+            return call_placed(template, places, weights, bind(inputs))
 
         self._region: Any = region
         self._dynamic = False if settings.dynamic == "never" else None
@@ -84,7 +85,7 @@ class Region:
         self._limit = settings.graph_limit(streams)
         self._kept = kept
         self._turn = Turn(self.kept.path if self.kept else None)
-        self._closure = {"template": template, "bind": bind}
+        self._closure = {"template": template, "bind": bind, "places": places}
         self._graphs: list[Graph] = []
         self._guard_failure = ""
         self._varying = varying_dims(template)

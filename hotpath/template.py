@@ -1,7 +1,7 @@
 """A template: the structure of a block on the meta device, without its weights.
 
 One template stands for all blocks of the same structure. It is run with the weights of whichever block is
-executing by ``torch.func.functional_call``, so the compiled code never sees where those weights live.
+executing by ``placing.call_placed``, so the compiled code never sees where those weights live.
 """
 
 from __future__ import annotations

@@ -27,7 +27,7 @@ SEAMS = {
     "kinds": (host_compile, "input_kinds"),
     "store": (host_compile, "kept_region"),
     "preflight": (when, "compile_problems"),
-    "region": (engine, "functional_call"),
+    "region": (engine, "call_placed"),
     "options": (engine.torch, "compile"),
     "copies": (engine, "Copies"),
 }
