@@ -24,6 +24,8 @@ INT4_WEIGHT_ONLY = "HotPathInt4WeightOnlyLayout"
 _QUOTED = 40
 # Values of a weight that are quantized at once.
 AT_ONCE = 2**22
+# In rows that divide by this: products, with which formats rotate, may give the rest of a tile other bits.
+_TILE = 64
 _NEWER_COMFYUI = "a newer ComfyUI, which has {} layers"
 
 
@@ -136,7 +138,7 @@ class Format:
 
         ``peak_bytes`` says what that takes.
         """
-        rows = max(1, AT_ONCE // weight.shape[1]) if self.by_rows else len(weight)
+        rows = max(_TILE, AT_ONCE // weight.shape[1] // _TILE * _TILE) if self.by_rows else len(weight)
         options = self._options_for(weight)
         # The host divides by a scale of the weight's own dtype, which bf16 would round.
         parts = [QuantizedTensor.from_float(part.float(), self.layout, **options) for part in weight.split(rows)]

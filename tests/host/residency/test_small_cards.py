@@ -69,7 +69,7 @@ def test_a_weight_quantized_some_rows_at_a_time_has_the_same_bits(monkeypatch, f
         pytest.skip(f"this ComfyUI has no {format.layout}")
     weight = torch.randn(256, 256, generator=torch.Generator().manual_seed(0)).to(dtype)
     whole = formats.QuantizedTensor.from_float(weight.float(), format.layout, **dict(format.options)).to(dtype)
-    monkeypatch.setattr(formats, "AT_ONCE", 256 * 50)
+    monkeypatch.setattr(formats, "AT_ONCE", 256 * 100)
     parts = format.quantize(weight, dtype)
     assert parts._params.orig_shape == whole._params.orig_shape and parts._params.orig_dtype == dtype
     assert torch.equal(parts._qdata.view(torch.uint8), whole._qdata.view(torch.uint8))
