@@ -15,6 +15,7 @@ from sampling import TOLERANCE, Counting, compiled, compiled_blocks, offloaded, 
 from test_families import lora, with_override
 
 MODELS = {"ltx2": 128, "ltx23": 128}
+READ = options_read(comfy.ldm.lightricks.av_model.BasicAVTransformerBlock)
 
 
 def tiny(name="ltx2", blocks=2):
@@ -96,24 +97,33 @@ def with_options(model, **options):
     return clone
 
 
-@pytest.mark.parametrize("part", ["run_ax", "a2v_cross_attn", "v2a_cross_attn"])
-@pytest.mark.sweep(keep=["a2v_cross_attn"])
+@pytest.mark.parametrize(
+    "part",
+    [{"run_ax": False}, {"a2v_cross_attn": False}, {"v2a_cross_attn": False}, {"stg_skip_self_attn": True}],
+    ids=min,
+)
+@pytest.mark.sweep(keep=["a2v_cross_attn", "stg_skip_self_attn"])
 def test_parts_that_another_node_leaves_out_are_left_out(part):
     model = tiny(blocks=1)
-    less = with_options(model, **{part: False})
+    less = with_options(model, **part)
     fast = compiled(less, backend="eager")
     assert_parity(less, fast)
     assert compiled_blocks(fast).eager == {}
-    assert (sample(less) - sample(model)).abs().max() > 1e-3
+    assert ((sample(less) - sample(model)).abs().max() > 1e-3) == (READ >= set(part))
 
 
-def test_an_option_that_no_region_knows_runs_eager_where_blocks_read_it():
-    """As those of ComfyUI 0.33 do."""
-    model = with_options(tiny(blocks=1), stg_skip_self_attn=True)
-    fast = compiled(model, backend="eager", on_failure="eager")
-    assert_parity(model, fast)
-    read = "stg_skip_self_attn" in options_read(comfy.ldm.lightricks.av_model.BasicAVTransformerBlock)
-    assert any("stg_skip_self_attn" in reason for reason in compiled_blocks(fast).eager) == read
+@pytest.mark.skipif("stg_skip_self_attn" not in READ, reason="ComfyUI has this guidance from 0.33 on")
+def test_guidance_by_some_blocks_without_attention_is_one_graph_more():
+    from comfy_extras.nodes_lt import LTXVSpatioTemporalGuidance
+
+    model = tiny()
+    (guided,) = LTXVSpatioTemporalGuidance.execute(model, 1.0, "1", 0.0, 1.0).result
+    fast = compiled(guided, backend="eager")
+    with Counting() as counting:
+        assert_parity(guided, fast)
+    assert (counting.graphs, counting.breaks) == (2, 0)
+    assert compiled_blocks(fast).eager == {}
+    assert (sample(guided) - sample(model)).abs().max() > 1e-3
 
 
 @pytest.mark.sweep
