@@ -70,7 +70,6 @@ class Region:
         self.streams = streams
         self.stats = RegionStats()
         self.compiled = False
-
         places = places_in(template)
 
         def region(weights: dict[str, Tensor], inputs: dict[str, Any]) -> Any:

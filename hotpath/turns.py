@@ -1,7 +1,8 @@
 """Processes that share a store take turns to compile a region: one compiles, the others wait and load what it stored.
 
 The system takes a turn back when its process ends, however that happens. A process that has one waits for no other, so
-that no two wait for each other, and none waits longer than ``PATIENCE``: then it compiles as if it were alone.
+that no two wait for each other, and none waits longer than ``PATIENCE``: then it compiles as if it were alone. Whoever
+is asked ``while_waiting`` may end a wait.
 """
 
 from __future__ import annotations
@@ -11,8 +12,8 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable
-from contextlib import ExitStack, suppress
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 # Seconds. Kernels that are looked for one by one take minutes.
@@ -23,6 +24,23 @@ _TAKEN = (errno.EAGAIN, errno.EACCES)
 
 _held: set[Path] = set()
 _lock = threading.Lock()
+
+
+class _Asked(threading.local):
+    ask: Callable[[], None] | None = None
+
+
+_asked = _Asked()
+
+
+@contextmanager
+def while_waiting(ask: Callable[[], None]) -> Iterator[None]:
+    """Have waits of this thread within the scope call ``ask`` all the time; what it raises ends them."""
+    before, _asked.ask = _asked.ask, ask
+    try:
+        yield
+    finally:
+        _asked.ask = before
 
 
 class Turn:
@@ -37,7 +55,8 @@ class Turn:
         self._busy = False
 
     def take(self, patience: float | None = None) -> bool:
-        """Wait for the turn, ``PATIENCE`` seconds by default; whether the file may have been written meanwhile."""
+        """Wait for the turn, ``PATIENCE`` seconds by default; whether the file may have been written meanwhile. Raises
+        what ends the wait."""
         path = self._path
         with _lock:
             if path is None or self._descriptor is not None or path in _held:
@@ -52,6 +71,8 @@ class Turn:
             while not _try_lock(descriptor):
                 if time.monotonic() >= ends:
                     return True
+                if _asked.ask is not None:
+                    _asked.ask()
                 time.sleep(_POLL)
             unless_taken.pop_all()
             with _lock:

@@ -22,6 +22,7 @@ from ...hotpath.failures import RegionFailed, belongs_to_host, reason_of
 from ...hotpath.region_store import RegionStore
 from ...hotpath.settings import CompileSettings
 from ...hotpath.template import BlockPlan, NotHoistable
+from ...hotpath.turns import while_waiting
 from ...hotpath.values import input_kinds
 from ..families import require_family, selected_blocks
 from ..families.kinds import BlockKind
@@ -299,7 +300,8 @@ class CompiledBlocks(Ledger):
                 out = self.replays.run(call.graphs, kind.name, plan, layers, attend, streamed, graph, weights, taken)
                 self.regions.setdefault(region)
             else:
-                with self._failing_once(key):
+                interrupt = comfy.model_management.throw_exception_if_processing_interrupted
+                with self._failing_once(key), while_waiting(interrupt):
                     out, cost = region.run(weights, taken, dims, check)
                 self.note_cost(region, cost)
                 if not region.ahead and self.replays.records_on(activation.device):

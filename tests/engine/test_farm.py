@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 from hotpath_pack.hotpath import graphs, turns
@@ -100,6 +101,10 @@ def test_a_turn_is_one_processs_at_a_time_and_whoever_has_one_waits_for_no_other
     mine, second = Turn(tmp_path / "a.kept"), Turn(tmp_path / "b.kept")
     started = time.monotonic()
     assert mine.take(patience=0.3) and time.monotonic() - started >= 0.3, "it waits as long as it is told to"
+    # The host's interrupt is no Exception.
+    with pytest.raises(KeyboardInterrupt), turns.while_waiting(Mock(side_effect=[None, KeyboardInterrupt])):
+        mine.take()
+    assert time.monotonic() - started < turns.PATIENCE / 10
     with second:
         assert second.take()
         started = time.monotonic()
