@@ -26,6 +26,7 @@ _NEEDED = (
 )
 # The globals of Inductor's code, by what calls it.
 _code: weakref.WeakKeyDictionary[Any, dict[str, Any]] = weakref.WeakKeyDictionary()
+_lock = threading.Lock()
 
 
 def recordable() -> bool:
@@ -36,7 +37,8 @@ def recordable() -> bool:
 def note_code(module: Any) -> None:
     """``module`` was loaded from Inductor's code."""
     if hasattr(module, "call"):
-        _code[getattr(module, "runner", module.call)] = vars(module)
+        with _lock:
+            _code[getattr(module, "runner", module.call)] = vars(module)
 
 
 def any_code() -> bool:
@@ -52,7 +54,8 @@ def lends(device: torch.device, lend: Callable[[Sequence[int], Sequence[int], to
         RuntimeError: Inductor's code takes its memory in a way that is not known here.
     """
     name, thread = f"empty_strided_{device.type}", threading.get_ident()
-    before = [(code, code.get(name)) for code in _code.values()]
+    with _lock:
+        before = [(code, code.get(name)) for code in _code.values()]
     if not all(callable(plain) for _, plain in before):
         raise RuntimeError("Inductor takes memory in a way that is not known here")
 

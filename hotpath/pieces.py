@@ -89,6 +89,7 @@ class InPieces:
         self._arena: Arena | None = arena
 
     def replay(self) -> None:
+        assert self._arena is not None, "replayed after it was forgotten"
         for piece in self._pieces:
             piece.replay()
 

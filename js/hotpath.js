@@ -1,6 +1,6 @@
 import { api } from "../../scripts/api.js";
 import { app } from "../../scripts/app.js";
-import { loadTexts, meaningOf, text } from "./texts.js";
+import { chooseLanguage, loadTexts, meaningOf, text } from "./texts.js";
 
 const EVENT = "hotpath.status";
 const TOASTS = "HotPath.Toasts";
@@ -314,11 +314,9 @@ app.registerExtension({
       for (const [node, id] of nodesWithIds()) if (id === detail.node) node.hotpathShow?.(detail);
     });
     api.addEventListener("reconnected", restore);
-    app.ui.settings.addEventListener("Comfy.Locale.change", () => {
-      // The host tells of a change before it makes it.
-      queueMicrotask(() => {
-        for (const [node] of nodesWithIds()) node.hotpathShow?.(node.hotpathStatus);
-      });
+    app.ui.settings.addEventListener("Comfy.Locale.change", ({ detail }) => {
+      chooseLanguage(detail.value);
+      for (const [node] of nodesWithIds()) node.hotpathShow?.(node.hotpathStatus);
     });
   },
   nodeCreated(node) {

@@ -34,9 +34,15 @@ const ENGLISH = {
   close: "Close",
 };
 let translations = {};
+let chosen;
 
 export async function loadTexts() {
   translations = await api.getCustomNodesI18n();
+}
+
+/** The language from now on; the host tells of it before its setting is changed. */
+export function chooseLanguage(language) {
+  chosen = language;
 }
 
 /** The text of a key in the language of the page, else in English. */
@@ -51,5 +57,5 @@ export function meaningOf(term) {
 }
 
 function translated(key) {
-  return translations[app.extensionManager.setting.get("Comfy.Locale")]?.HotPath?.[key];
+  return translations[chosen ?? app.extensionManager.setting.get("Comfy.Locale")]?.HotPath?.[key];
 }

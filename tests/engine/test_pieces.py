@@ -140,6 +140,8 @@ def test_replays_compute_what_the_code_does(inference):
             recording.replay()
             assert torch.equal(out, want)
         recording.reset()
+        with pytest.raises(AssertionError):
+            recording.replay()
         recorder.forget()
         assert not recorder.bytes
 
