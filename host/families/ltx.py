@@ -32,8 +32,10 @@ _TIMESTEPS = (
     "a_prompt_timestep",
 )
 _CONTEXTS = ("v_context", "a_context")
-# Options by which another node leaves parts of a block out, and what they are where none does.
-_PARTS = {"run_vx": True, "run_ax": True, "a2v_cross_attn": True, "v2a_cross_attn": True, "stg_skip_self_attn": False}
+# Options by which another node leaves parts of a block out, those first that are on where none does.
+_ON, _OFF = ("run_vx", "run_ax", "a2v_cross_attn", "v2a_cross_attn"), ("stg_skip_self_attn",)
+# No mapping: on the order of its keys a graph guards by the name of this module, and is not kept.
+_PARTS = (*_ON, *_OFF)
 # Entries of a region's inputs: tokens that each timestep is for, whether a rotation is of halves, which parts run.
 _TOKENS, _HALVES, _RUN = "tokens", "halves", "run"
 
@@ -83,7 +85,7 @@ def region_inputs(inputs: Mapping[str, Any], like: Tensor, dynamic: bool) -> dic
         if isinstance(taken.get(name), host.CompressedTimestep):
             taken[_TOKENS][name] = as_size(taken[name].patches_per_frame, like, dynamic)
             taken[name] = taken[name].data
-    taken[_RUN] = {name: int(bool(options.get(name, usual))) for name, usual in _PARTS.items()}
+    taken[_RUN] = {name: int(bool(options.get(name, name in _ON))) for name in _PARTS}
     return taken
 
 
@@ -155,7 +157,7 @@ LTX = Family(
                 chosen(bind_traced, bind_cudnn, bind_opaque),
                 region_inputs,
                 token_dims,
-                reads=tuple(_PARTS),
+                reads=_PARTS,
             ),
             "blocks",
             owned=(
