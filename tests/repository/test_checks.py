@@ -56,6 +56,19 @@ def test_only_the_host_room_and_node_schemas_know_comfyui():
     assert known <= {"comfy_api.latest", "comfy.model_patcher"}
 
 
+def test_what_a_region_is_traced_through_reads_no_mapping_of_its_module():
+    """On the order of its keys a graph guards by the module's name, which is another in another folder: not kept."""
+    for path in (ROOT / "host" / "families").glob("*.py"):
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        made = [node for node in tree.body if isinstance(node, ast.Assign) and isinstance(node.value, ast.Dict)]
+        mappings = {target.id for node in made for target in node.targets if isinstance(target, ast.Name)}
+        binds = [
+            node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name.startswith(("bind", "_"))
+        ]
+        read = {node.id for bind in binds for node in ast.walk(bind) if isinstance(node, ast.Name)}
+        assert not mappings & read, path
+
+
 def test_no_file_is_too_long_to_read_at_once():
     paths = [ROOT / "dev.py", *(path for name in (*PACKAGES, "tests") for path in (ROOT / name).rglob("*.py"))]
     assert [str(path) for path in paths if path.read_text(encoding="utf-8").count("\n") > 400] == []
