@@ -368,14 +368,15 @@ class Region:
                     changed = [dim for dim, size in enumerate(before) if size != tensor.shape[dim]]
                     torch._dynamo.maybe_mark_dynamic(tensor, changed)
         assert self._kept is not None
+        facts = None
         try:
             start_workers(device_of(inputs))
             facts = self._kept.facts()
             made = compile_graph(self._function, self._closure, weights, inputs, sizes, self._options, self._dynamic)
-        except (TorchDynamoException, FailOnRecompileLimitHit):
-            raise
-        # Without it the block can be compiled all the same.
         except Exception as reason:
+            # What the store raises costs no more than what is kept, whatever it is.
+            if facts is not None and isinstance(reason, (TorchDynamoException, FailOnRecompileLimitHit)):
+                raise
             self._keep_no_more(reason_of(reason))
             return None, None
         self._graphs.append(made)

@@ -7,7 +7,7 @@ from hotpath_pack.hotpath.internals import traced_lines
 from hotpath_pack.hotpath.placing import call_placed, places_in
 from test_graphs import region, run
 from torch import nn
-from torch.nn import Linear
+from torch.nn import LayerNorm, Linear
 
 
 class Nested(nn.Module):
@@ -16,7 +16,7 @@ class Nested(nn.Module):
         self.scale = nn.Parameter(torch.empty(8, device="meta"))
         self.unused = nn.Parameter(torch.empty(8, device="meta"))
         self.register_parameter("nothing", None)
-        self.inner = nn.Sequential(Linear(8, 8, device="meta"), nn.LayerNorm(8, device="meta"))
+        self.inner = nn.Sequential(Linear(8, 8, device="meta"), LayerNorm(8, device="meta"))
 
     def forward(self, x, fails=False):
         if fails:

@@ -12,7 +12,7 @@ from hotpath_pack.hotpath import compiled as engine
 from hotpath_pack.hotpath.artifacts import Kept, Store
 from hotpath_pack.hotpath.compiled import Region
 from hotpath_pack.hotpath.failures import RegionFailed
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from sampling import Texts, assert_parity, compiled, compiled_blocks, sample
 from torch._dynamo import register_backend
@@ -219,6 +219,7 @@ class Refusing(Kept):
 
 
 @given(error=ERRORS)
+@example(error=InternalTorchDynamoError(""))
 @settings(max_examples=5, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_a_store_that_fails_costs_what_is_kept_and_no_more(tmp_path, error):
     from torch import nn
