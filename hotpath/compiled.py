@@ -40,7 +40,6 @@ from .turns import Turn
 from .values import Copies, device_of, mark_dynamic, tensors_in, varying_dims
 
 log = logging.getLogger(__name__)
-
 _NUMBERS = itertools.count()
 
 Bind = Callable[[Mapping[str, Any]], Mapping[str, Any]]
