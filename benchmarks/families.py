@@ -128,11 +128,11 @@ def timed(
 
     times: list[float] = []
 
-    def clocked(apply_model: Callable[..., Tensor], args: dict[str, Any]) -> Tensor:
+    def clocked(call: Callable[[], Tensor]) -> Tensor:
         if cuda:
             torch.cuda.synchronize()
         started = time.perf_counter()
-        out = apply_model(args["input"], args["timestep"], **args["c"])
+        out = call()
         if cuda:
             torch.cuda.synchronize()
         times.append((time.perf_counter() - started) * 1e3)
@@ -142,8 +142,7 @@ def timed(
     family: Any = family_of(diffusion_model)
     condition = [list(family.conditioning(diffusion_model, tokens))]
     noise = random_tensor(*latent_shape(model, *size, 1, frames))
-    clone = model.clone()
-    clone.set_model_unet_function_wrapper(clocked)
+    clone = gpu_host.calling(model, clocked)
     with torch.inference_mode():
         latent = comfy.sample.sample(
             clone, noise, steps, 1.0, "euler", "simple", condition, condition, noise * 0, seed=0, disable_pbar=True

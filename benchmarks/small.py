@@ -18,7 +18,7 @@ import torch
 
 from devtools import gpu_host
 from devtools.cli import write_json
-from devtools.gpu_host import compiled, load, quantize, sample
+from devtools.gpu_host import calling, compiled, load, quantize, sample
 
 GIB = 2**30
 TEXT_TOKENS = 512
@@ -130,7 +130,7 @@ def _measure(shape: str, size: int, name: str, model: Any, latents: dict[str, to
     way.issue = _issue(model, size)
     way.kernels = _kernels(model, size)
     count = 5 if size >= 1024 else 8
-    way.steps = [_wall(model, size, count) for _ in range(ROUNDS)]
+    way.steps = [_from_step_to_step(model, size, count) for _ in range(ROUNDS)]
     return way
 
 
@@ -148,20 +148,18 @@ def _sample(model: Any, size: int, steps: int) -> torch.Tensor:
     return sample(model, (size, size), TEXT_TOKENS, steps)
 
 
-def _wall(model: Any, size: int, count: int) -> float:
+def _from_step_to_step(model: Any, size: int, count: int) -> float:
     """Milliseconds a step on the device's clock, from one step to the next: of ``count``, the first of all left out."""
     marks = []
 
-    def timed(apply_model: Callable[..., torch.Tensor], args: dict[str, Any]) -> torch.Tensor:
-        out = apply_model(args["input"], args["timestep"], **args["c"])
+    def marked(call: Callable[[], torch.Tensor]) -> torch.Tensor:
+        out = call()
         mark = torch.cuda.Event(enable_timing=True)
         mark.record()
         marks.append(mark)
         return out
 
-    clone = model.clone()
-    clone.set_model_unet_function_wrapper(timed)
-    _sample(clone, size, count + 1)
+    _sample(calling(model, marked), size, count + 1)
     torch.cuda.synchronize()
     return marks[0].elapsed_time(marks[-1]) / count
 
@@ -170,16 +168,14 @@ def _issue(model: Any, size: int) -> float:
     """Milliseconds until a step is launched, when nothing waits for the device."""
     times = []
 
-    def timed(apply_model: Callable[..., torch.Tensor], args: dict[str, Any]) -> torch.Tensor:
+    def timed(call: Callable[[], torch.Tensor]) -> torch.Tensor:
         torch.cuda.synchronize()
         started = time.perf_counter()
-        out = apply_model(args["input"], args["timestep"], **args["c"])
+        out = call()
         times.append(time.perf_counter() - started)
         return out
 
-    clone = model.clone()
-    clone.set_model_unet_function_wrapper(timed)
-    _sample(clone, size, 8)
+    _sample(calling(model, timed), size, 8)
     return median(times[3:]) * 1e3
 
 

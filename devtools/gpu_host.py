@@ -197,21 +197,30 @@ def milliseconds(work: Callable[[], Any]) -> float:
     return median(times[3:])
 
 
+def calling(model: Any, around: Callable[[Callable[[], Tensor]], Tensor]) -> Any:
+    """A clone of ``model`` whose calls are each made by ``around(call)``."""
+
+    def wrapper(apply_model: Callable[..., Tensor], args: dict[str, Any]) -> Tensor:
+        return around(lambda: apply_model(args["input"], args["timestep"], **args["c"]))
+
+    clone = model.clone()
+    clone.set_model_unet_function_wrapper(wrapper)
+    return clone
+
+
 def time_steps(model: Any, size: tuple[int, int], tokens: int, steps: int) -> tuple[Tensor, list[float]]:
     """The latent of ``sample`` and the milliseconds of each call of the model, by events."""
     events = []
 
-    def timed(apply_model: Callable[..., Tensor], args: dict[str, Any]) -> Tensor:
+    def timed(call: Callable[[], Tensor]) -> Tensor:
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         start.record()
-        out = apply_model(args["input"], args["timestep"], **args["c"])
+        out = call()
         end.record()
         events.append((start, end))
         return out
 
-    timed_model = model.clone()
-    timed_model.set_model_unet_function_wrapper(timed)
-    latent = sample(timed_model, size, tokens, steps)
+    latent = sample(calling(model, timed), size, tokens, steps)
     torch.cuda.synchronize()
     return latent, [start.elapsed_time(end) for start, end in events]
 

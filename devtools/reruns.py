@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..hotpath.cuda_graphs import Launch, Recording
+from ..hotpath.values import extent
 
 
 class Reruns:
@@ -81,8 +82,7 @@ class _Place:
     def __init__(self, tensor: Tensor) -> None:
         self._address, self._dtype = tensor.data_ptr(), tensor.dtype
         self._geometry = tensor.shape, tensor.stride()
-        last = sum((size - 1) * stride for size, stride in zip(*self._geometry, strict=True))
-        self._bytes = (last + 1) * tensor.element_size() if tensor.numel() else 0
+        self._bytes = extent(*self._geometry, tensor.element_size())
 
     def tensor(self) -> Tensor:
         if not self._bytes:

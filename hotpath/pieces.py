@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from .internal_memory import lends, storage_at, unseen
+from .values import extent, lying_in
 
 # As memory of its own would be.
 _ALIGNMENT = 512
@@ -65,8 +66,7 @@ class Arena:
         """Raises:
         _Full: there is no room for it.
         """
-        last = sum((size - 1) * stride for size, stride in zip(size, stride, strict=True))
-        count = 0 if 0 in size else (last + 1) * dtype.itemsize
+        count = extent(size, stride, dtype.itemsize)
         self._lent = [lent for lent in self._lent if not lent[2].expired()]
         place = start = 0
         while place < len(self._lent) and start + count > self._lent[place][0]:
@@ -75,7 +75,7 @@ class Arena:
         end = start + -(-count // _ALIGNMENT) * _ALIGNMENT
         if end > self.bytes:
             raise _Full(end)
-        tensor = _at(self._start + start, count, size, stride, dtype, self._memory.device)
+        tensor = lying_in(storage_at(self._start + start, self._memory.device, count), 0, size, stride, dtype)
         if count:
             self._lent.insert(place, (start, end, StorageWeakRef(tensor.untyped_storage())))
         return tensor
@@ -187,8 +187,8 @@ class _Session(TorchDispatchMode):
         self, func: Any, types: Iterable[Any], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         kwargs, schema = kwargs or {}, func._schema
-        written = [value.alias_info is not None and value.alias_info.is_write for value in schema.returns]
-        if not schema.is_mutable and any(value.alias_info is not None for value in schema.returns):
+        aliases = [value.alias_info for value in schema.returns]
+        if not schema.is_mutable and any(alias is not None for alias in aliases):
             return func(*args, **kwargs)
         elsewhere = any(tensor.device != self._device for tensor in _tensors((args, kwargs)))
         if elsewhere or _DEPENDS_ON_DATA.intersection(func.tags):
@@ -196,7 +196,8 @@ class _Session(TorchDispatchMode):
         if not schema.is_mutable:
             recorded = schema.name.startswith(_ATTENTION)
             return (self._within if recorded else self._between)(func, args, kwargs)
-        if (all(written) and schema.name.removeprefix("aten::") in _WRITES) or torch.Tag.pointwise in func.tags:
+        written = all(alias is not None and alias.is_write for alias in aliases)
+        if (written and schema.name.removeprefix("aten::") in _WRITES) or torch.Tag.pointwise in func.tags:
             return func(*args, **kwargs)
         raise Unrecordable(f"{schema.name} may take memory or wait for the device")
 
@@ -279,18 +280,6 @@ def _unowned(value: Any) -> Any:
     """A tensor as one that keeps no memory."""
     if not isinstance(value, Tensor) or not value.numel():
         return value
-    last = sum((size - 1) * stride for size, stride in zip(value.shape, value.stride(), strict=True))
-    count = (last + 1) * value.element_size()
-    return _at(value.data_ptr(), count, value.shape, value.stride(), value.dtype, value.device)
-
-
-def _at(
-    address: int,
-    count: int,
-    size: Sequence[int],
-    stride: Sequence[int],
-    dtype: torch.dtype,
-    device: torch.device,
-) -> Tensor:
-    tensor: Any = torch.empty(0, dtype=dtype, device=device)
-    return tensor.set_(storage_at(address, device, count), 0, tuple(size), tuple(stride))
+    count = extent(value.shape, value.stride(), value.element_size())
+    storage = storage_at(value.data_ptr(), value.device, count)
+    return lying_in(storage, 0, value.shape, value.stride(), value.dtype)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from .internal_memory import users
+from .values import extent, lying_in
 
 _ALIGNMENT = 64
 
@@ -48,7 +49,7 @@ def layout(inputs: Any) -> Layout:
     # Asked before each call of a block.
     for tensor in tensors:
         storage, start, shape, stride = tensor.untyped_storage(), tensor.data_ptr(), tensor.shape, tensor.stride()
-        end = start + (tensor.nbytes if tensor.is_contiguous() else _extent(tensor))
+        end = start + (tensor.nbytes if tensor.is_contiguous() else extent(shape, stride, tensor.element_size()))
         group = number.setdefault(storage.data_ptr(), len(spans))
         if group == len(spans):
             spans.append(_Span(start, end, storage))
@@ -83,8 +84,7 @@ class StaticInputs:
         group, offset = place
         storage, start = self._storages[group], self.memory[group].storage_offset() + offset
         with torch.inference_mode(tensor.is_inference()):
-            twin: Any = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
-            return twin.set_(storage, start // tensor.element_size(), tensor.shape, tensor.stride())
+            return lying_in(storage, start // tensor.element_size(), tensor.shape, tensor.stride(), tensor.dtype)
 
     def held(self, found: Layout) -> bool:
         """Whether someone else still holds a tensor in memory that these inputs would overwrite."""
@@ -171,18 +171,10 @@ def _memory(span: _Span, device: torch.device) -> Tensor:
         return torch.empty(shift + span.end - span.start, dtype=torch.uint8, device=device)[shift:]
 
 
-def _extent(tensor: Tensor) -> int:
-    """Bytes from the first element of ``tensor`` to behind its last."""
-    if not tensor.numel():
-        return 0
-    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-    return (last + 1) * tensor.element_size()
-
-
 def _same_geometry(one: Tensor, other: Tensor) -> bool:
     return one.dtype == other.dtype and one.shape == other.shape and one.stride() == other.stride()
 
 
 def _bytes_of(span: _Span) -> Tensor:
-    view: Any = torch.empty(0, dtype=torch.uint8, device=span.storage.device)
-    return view.set_(span.storage, span.start - span.storage.data_ptr(), (span.end - span.start,), (1,))
+    start = span.start - span.storage.data_ptr()
+    return lying_in(span.storage, start, (span.end - span.start,), (1,), torch.uint8)

@@ -23,6 +23,19 @@ def plain_tensor(value: Tensor) -> Tensor:
     return twin.set_(value)
 
 
+def extent(shape: Sequence[int], stride: Sequence[int], itemsize: int) -> int:
+    """Bytes from the first element of such a tensor to behind its last."""
+    if 0 in shape:
+        return 0
+    return (sum((size - 1) * step for size, step in zip(shape, stride, strict=True)) + 1) * itemsize
+
+
+def lying_in(storage: Any, start: int, shape: Sequence[int], stride: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """A tensor in ``storage``, from element ``start`` of its ``dtype`` on."""
+    tensor: Any = torch.empty(0, dtype=dtype, device=storage.device)
+    return tensor.set_(storage, start, tuple(shape), tuple(stride))
+
+
 def plainly_strided(value: Tensor) -> Tensor:
     """``value``, a tensor of three dimensions, with the usual strides where it is contiguous.
 

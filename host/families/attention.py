@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import comfy.ldm.modules.attention
@@ -151,6 +151,23 @@ def called_out(
 def skipped(attend: Callable[..., Tensor], q: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     """An override of the host's attention that computes none, where a patch after it gives what it would."""
     return joined(q)
+
+
+def patched_before(
+    patches: Iterable[Callable[..., Mapping[str, Any]]],
+    extra_options: Mapping[str, Any],
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    pe: Tensor | None,
+    mask: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+    """Queries, keys, values, rotation and mask as the ``patches`` before attention leave them."""
+    for patch in patches:
+        out = patch(q, k, v, pe=pe, attn_mask=mask, extra_options=extra_options)
+        q, k, v = out.get("q", q), out.get("k", k), out.get("v", v)
+        pe, mask = out.get("pe", pe), out.get("attn_mask", mask)
+    return q, k, v, pe, mask
 
 
 def attend_by_heads(

@@ -18,7 +18,7 @@ from ...hotpath.sizes import as_size, from_size
 from ...hotpath.template import NotHoistable
 from ...hotpath.values import plainly_strided
 from ..layers.containers import preferred_attention
-from .attention import is_overridden, skipped
+from .attention import is_overridden, patched_before, skipped
 from .flux_fused import IN_HALVES, ROTATES, WITH_EPILOGUE
 from .kinds import BlockKind, Family, Interface, SharedForward, random_tensor
 
@@ -107,10 +107,8 @@ def _attend(
     extra_options = dict(options)
     if slices:
         extra_options["img_slice"] = list(slices)
-    for patch in patches.get("attn1_patch", ()):
-        out = patch(q, k, v, pe=pe, attn_mask=mask, extra_options=extra_options)
-        q, k, v = out.get("q", q), out.get("k", k), out.get("v", v)
-        pe, mask = out.get("pe", pe), out.get("attn_mask", mask)
+    before = patches.get("attn1_patch", ())
+    q, k, v, pe, mask = patched_before(before, extra_options, q, k, v, pe, mask)
     attn = comfy.ldm.flux.layers.attention(q, k, v, pe=pe, mask=mask, transformer_options=options, **preference)
     for patch in patches.get("attn1_output_patch", ()):
         attn = patch(attn, extra_options)

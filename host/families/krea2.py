@@ -17,6 +17,7 @@ from .attention import (
     chosen,
     is_plain,
     mask_dims,
+    patched_before,
     region_arguments,
     skipped,
 )
@@ -43,10 +44,8 @@ def _attend(
     """The attention part of a host block, patches included, on the full options of this very call."""
     patches = options.get("patches", {}) if "block_index" in options else {}
     extra_options = dict(options)
-    for patch in patches.get("attn1_patch", ()):
-        out = patch(q, k, v, pe=pe, attn_mask=mask, extra_options=extra_options)
-        q, k, v = out.get("q", q), out.get("k", k), out.get("v", v)
-        pe, mask = out.get("pe", pe), out.get("attn_mask", mask)
+    before = patches.get("attn1_patch", ())
+    q, k, v, pe, mask = patched_before(before, extra_options, q, k, v, pe, mask)
     if pe is not None:
         q, k = host.apply_rope(q, k, pe)
     if k.shape[1] != q.shape[1]:

@@ -153,11 +153,7 @@ LTX = Family(
             "v_context",
             2,
             Interface(
-                attention_for,
-                chosen(bind_traced, bind_cudnn, bind_opaque),
-                region_inputs,
-                token_dims,
-                reads=_PARTS,
+                attention_for, chosen(bind_traced, bind_cudnn, bind_opaque), region_inputs, token_dims, reads=_PARTS
             ),
             "blocks",
             owned=(

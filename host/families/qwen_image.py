@@ -20,6 +20,7 @@ from .attention import (
     chosen,
     is_plain,
     mask_dims,
+    patched_before,
     region_arguments,
 )
 from .kinds import BlockKind, Family, Interface, random_tensor
@@ -53,10 +54,8 @@ def _patch_and_attend(
         joint = torch.zeros((q.shape[0], 1, q.shape[2]), dtype=q.dtype, device=q.device)
         joint[:, 0, : slices[0]] = mask
     extra_options = {**options, "img_slice": list(slices)}
-    for patch in options["patches"]["attn1_patch"]:
-        out = patch(q, k, v, pe=pe, attn_mask=mask, extra_options=extra_options)
-        q, k, v = out.get("q", q), out.get("k", k), out.get("v", v)
-        pe, mask = out.get("pe", pe), out.get("attn_mask", mask)
+    patches = options["patches"]["attn1_patch"]
+    q, k, v, pe, mask = patched_before(patches, extra_options, q, k, v, pe, mask)
     q, k = host.apply_rope1(q, pe), host.apply_rope1(k, pe)
     return attend_by_heads(attention, options, q, k, v, None, joint, ())
 

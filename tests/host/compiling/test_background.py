@@ -2,7 +2,6 @@
 
 import sys
 
-import folder_paths
 import pytest
 import torch
 from hotpath_pack.devtools import checkpoints
@@ -15,15 +14,11 @@ from hotpath_pack.hotpath.settings import CompileSettings
 from sampling import TOLERANCE, Counting, Texts, compiled_blocks, load, sample
 
 pytestmark = [
+    pytest.mark.usefixtures("user_folder"),
     pytest.mark.skipif(not graphs.supported(), reason="needs PyTorch 2.11"),
     pytest.mark.skipif(sys.platform == "win32", reason="signals stand in for what may befall a process"),
 ]
 WAITING = "a helper process compiles it, and this prompt samples without"
-
-
-@pytest.fixture(autouse=True)
-def user_folder(tmp_path, monkeypatch):
-    monkeypatch.setattr(folder_paths, "user_directory", str(tmp_path / "user"))
 
 
 @pytest.fixture

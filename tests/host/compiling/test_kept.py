@@ -2,7 +2,6 @@
 
 import comfy.ldm.flux.layers
 import comfy.quant_ops
-import folder_paths
 import pytest
 import torch
 from changes import with_lora
@@ -26,12 +25,8 @@ from sampling import TOLERANCE, Counting, Texts, compiled_blocks, load, sample
 from torch.nn import GELU, Linear, Sequential
 
 CPU = torch.device("cpu")
+pytestmark = pytest.mark.usefixtures("user_folder")
 needs_ahead = pytest.mark.skipif(not graphs.supported(), reason="needs PyTorch 2.11")
-
-
-@pytest.fixture(autouse=True)
-def user_folder(tmp_path, monkeypatch):
-    monkeypatch.setattr(folder_paths, "user_directory", str(tmp_path / "user"))
 
 
 @pytest.fixture

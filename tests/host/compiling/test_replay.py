@@ -2,7 +2,6 @@
 
 import random
 
-import folder_paths
 import pytest
 import torch
 from comfy.sd import load_lora_for_models
@@ -16,7 +15,10 @@ from hotpath_pack.hotpath.recorded import HELD
 from hotpath_pack.hotpath.settings import CompileSettings
 from sampling import Texts, compiled_blocks, load, sample
 
-pytestmark = pytest.mark.skipif(not graphs.supported(), reason="needs PyTorch 2.11")
+pytestmark = [
+    pytest.mark.skipif(not graphs.supported(), reason="needs PyTorch 2.11"),
+    pytest.mark.usefixtures("user_folder"),
+]
 DEPTHS = (2, 2)
 RUN = dict(steps=3)
 
@@ -28,11 +30,6 @@ def recorder(monkeypatch):
     monkeypatch.setattr(replay, "recorder_for", lambda device: made)
     monkeypatch.setattr(replay, "_RECORDINGS", {})
     return made
-
-
-@pytest.fixture(autouse=True)
-def user_folder(tmp_path, monkeypatch):
-    monkeypatch.setattr(folder_paths, "user_directory", str(tmp_path / "user"))
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,6 @@ import weakref
 
 import comfy.model_management
 import comfy.quant_ops
-import folder_paths
 import pytest
 import torch
 from hotpath_pack.devtools import checkpoints
@@ -17,12 +16,10 @@ from hotpath_pack.hotpath.compiled import Region
 from hotpath_pack.hotpath.settings import CompileSettings
 from sampling import TOLERANCE, Texts, compiled_blocks, load, sample
 
-pytestmark = pytest.mark.skipif(not graphs.supported(), reason="needs PyTorch 2.11")
-
-
-@pytest.fixture(autouse=True)
-def user_folder(tmp_path, monkeypatch):
-    monkeypatch.setattr(folder_paths, "user_directory", str(tmp_path / "user"))
+pytestmark = [
+    pytest.mark.skipif(not graphs.supported(), reason="needs PyTorch 2.11"),
+    pytest.mark.usefixtures("user_folder"),
+]
 
 
 @pytest.fixture
