@@ -19,10 +19,12 @@ from ...hotpath.int4 import dequantized_groups
 from ...hotpath.rowwise import FP8, computed_once, dequantized_rows, fp8_product, fp8_rows, fp8_scales, int8_rows
 from ...hotpath.template import NotHoistable
 from ..quantizing.formats import FP8_ROWWISE, INT4_WEIGHT_ONLY, INT8_WEIGHT_ONLY
+from .patched import arrives, is_patched, stays
 from .quantized_opaque import OpaqueLinear, can_be_opaque, opaque_facts, opaque_tensors
 
 _FP8 = {"float8_e4m3fn": torch.float8_e4m3fn, "float8_e5m2": torch.float8_e5m2}
 _INT8 = "int8_tensorwise"
+_BY_WEIGHTS = " weights"
 
 
 @torch.library.custom_op("hotpath::int8_product", mutates_args=())
@@ -177,15 +179,20 @@ class Int4WeightOnlyLinear(_Quantized):
 def format_in_use(layer: Any) -> str | None:
     """What a mixed precision Linear computes with now, which the host decides at each call: the format that it
     multiplies in, that format and ``weights`` where it multiplies by the dequantized weight, or None for a weight that
-    is not quantized or has functions (LoRA) to go through.
+    is not quantized or has functions (LoRA) to go through each time.
     """
     if getattr(layer, "layout_type", None) is None or layer.weight_function or layer.bias_function:
         return None
     if not layer._full_precision_mm and not getattr(layer, "comfy_force_cast_weights", False):
         return layer.quant_format
-    patched = any(getattr(layer, f"{name}_lowvram_function", None) for name in ("weight", "bias"))
     plain = layer.quant_format in _FP8 or layer.layout_type in (INT8_WEIGHT_ONLY, INT4_WEIGHT_ONLY)
-    return f"{layer.quant_format} weights" if plain and not patched else None
+    return layer.quant_format + _BY_WEIGHTS if plain and (not is_patched(layer) or stays(layer)) else None
+
+
+def refuse_arriving(layer: Any, state: Hashable) -> None:
+    """Raise NotHoistable for a ``layer`` of this ``state`` that the host multiplies in another way this time."""
+    if isinstance(state, str) and state.endswith(_BY_WEIGHTS) and is_patched(layer) and arrives(layer):
+        raise NotHoistable("a LoRA is added to its quantized weights in this step")
 
 
 def quantizes_activations_itself(layer: Any) -> bool:

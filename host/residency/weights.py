@@ -28,6 +28,7 @@ from ..layers.quantized import (
     quantized_layer,
     quantized_weights,
     quantizes_activations_itself,
+    refuse_arriving,
     state_in_use,
 )
 
@@ -110,9 +111,15 @@ Layers = Sequence[tuple[str, nn.Module, Hashable]]
 
 
 def in_place(layers: Layers, like: Tensor) -> AbstractContextManager[None]:
-    """A scope in which the ``block_weights`` of ``layers`` stay valid on ``like``'s device."""
+    """A scope in which the ``block_weights`` of ``layers`` stay valid on ``like``'s device.
+
+    Raises:
+        NotHoistable: the host computes with them in another way in this very call.
+    """
     if like.is_cpu:
         return nullcontext()
+    for _, layer, state in layers:
+        refuse_arriving(layer, state)
     dynamic = [layer for _, layer, _ in layers if "_v" in layer.__dict__ and "_prefetch" not in layer.__dict__]
     return _faulted_in(dynamic, like.device) if dynamic else nullcontext()
 

@@ -99,6 +99,28 @@ def test_the_same_bits_whatever_moves_between(dynamic, format):
     assert replayed >= 0.75 * counted, replays_of(on).summary()
 
 
+@pytest.mark.parametrize("format", ["fp8_e4m3_rowwise", "int8_dynamic"])
+def test_a_lora_on_a_quantized_model_runs_as_the_same_recordings(format):
+    """But in the step in which the host adds it, which is no compiled one; and nothing is compiled for it."""
+    from comfy.sd import load_lora_for_models
+    from torch._dynamo.utils import counters
+
+    weights = {name: weight.cpu() for name, weight in lora(flux1(2, 3, hidden=512, device="cuda")).items()}
+    model = quantize(load(2, 3, torch.bfloat16, hidden=512), format)
+    off, on = both(model)
+    sample(on, steps=4)
+    graphs = counters["stats"]["unique_graphs"]
+    for strength in (0.5, -1.0):
+        plain, patched = [load_lora_for_models(side, None, weights, strength, 0)[0] for side in (off, on)]
+        sample(patched, steps=5)
+        assert replays_of(on).replayed == {"double": 2, "single": 3}, replays_of(on).summary()
+        want = sample(plain, steps=4)
+        assert not torch.equal(want, sample(off, steps=4))
+        sample(patched, steps=1)
+        assert torch.equal(sample(patched, steps=4), want), strength
+    assert counters["stats"]["unique_graphs"] == graphs
+
+
 def test_a_step_takes_no_more_memory_and_gives_it_back():
     model = load(4, 8, torch.bfloat16, dynamic=False, hidden=2048)
     run = dict(size=(1024, 1024), tokens=512, steps=4)
