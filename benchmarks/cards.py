@@ -6,7 +6,7 @@ import gc
 import time
 import traceback
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -21,7 +21,8 @@ from devtools.gpu_host import compiled, compiled_per_block, load, offload, quant
 
 SIZE = (1024, 1024)
 TEXT_TOKENS = 512
-STEPS = 6
+# In the first ones weights settle, and blocks are recorded.
+SETTLING, STEPS = 8, 6
 IMAGE_STEPS = 28
 SIDES = (
     "eager",
@@ -39,7 +40,7 @@ FORMATS = {"fp8": "fp8_e4m3_rowwise", "int8": "int8_dynamic"}
 class Row:
     """One side on one card. Times are of the device in milliseconds and of the clock in seconds, memory in GiB.
 
-    ``first``: the first call of the model, which moves weights, and compiles where nothing before it did. ``image``: of
+    ``steps``: of one run, of which ``step`` is the median without the first ``SETTLING``. ``first``: the first call of the model, which moves weights, and compiles where nothing before it did. ``image``: of
     ``IMAGE_STEPS`` steps, as what sampling took beside its steps, and that many steady ones. ``resident``: the share of
     the weights that was on the card. ``peak``: of CUDA's allocator, without what dynamic VRAM holds. ``failed``: the
     error, and nothing else then.
@@ -49,7 +50,7 @@ class Row:
     dynamic: bool
     side: str
     step: float = 0.0
-    slowest: float = 0.0
+    steps: list[float] = field(default_factory=list)
     first: float = 0.0
     image: float = 0.0
     resident: float = 0.0
@@ -118,9 +119,9 @@ def _measure(row: Row, model: Callable[[], Any]) -> Row:
         time_steps(made, SIZE, TEXT_TOKENS, 1)
         row.first = time.perf_counter() - started
         started = time.perf_counter()
-        _, steps = time_steps(made, SIZE, TEXT_TOKENS, STEPS)
-        beside = max(0.0, time.perf_counter() - started - sum(steps) / 1e3)
-        row.step, row.slowest = median(steps[2:]), max(steps[2:])
+        _, row.steps = time_steps(made, SIZE, TEXT_TOKENS, SETTLING + STEPS)
+        beside = max(0.0, time.perf_counter() - started - sum(row.steps) / 1e3)
+        row.step = median(row.steps[SETTLING:])
         row.image = beside + IMAGE_STEPS * row.step / 1e3
         row.resident = made.loaded_size() / made.model_size()
         row.peak = torch.cuda.max_memory_allocated() / GIB
@@ -134,7 +135,8 @@ def _measure(row: Row, model: Callable[[], Any]) -> Row:
 def _line(row: Row) -> str:
     if row.failed:
         return f"  {row.side:<22} FAILED {row.failed}"
+    each = " ".join(f"{step:.0f}" for step in row.steps)
     return (
-        f"  {row.side:<22} step {row.step:7.1f} ms (slowest {row.slowest:7.1f}), first {row.first:5.1f} s, "
+        f"  {row.side:<22} step {row.step:7.1f} ms (all {each}), first {row.first:5.1f} s, "
         f"{IMAGE_STEPS} steps {row.image:5.1f} s, {row.resident:4.0%} there, peak {row.peak:4.1f} GiB"
     )
