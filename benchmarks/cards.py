@@ -40,10 +40,11 @@ FORMATS = {"fp8": "fp8_e4m3_rowwise", "int8": "int8_dynamic"}
 class Row:
     """One side on one card. Times are of the device in milliseconds and of the clock in seconds, memory in GiB.
 
-    ``steps``: of one run, of which ``step`` is the median without the first ``SETTLING``. ``first``: the first call of the model, which moves weights, and compiles where nothing before it did. ``image``: of
-    ``IMAGE_STEPS`` steps, as what sampling took beside its steps, and that many steady ones. ``resident``: the share of
-    the weights that was on the card. ``peak``: of CUDA's allocator, without what dynamic VRAM holds. ``failed``: the
-    error, and nothing else then.
+    ``steps``: of one run, of which ``step`` is the median without the first ``SETTLING``. ``first``: the first call of
+    the model, which moves weights, and compiles where nothing before it did. ``image``: of ``IMAGE_STEPS`` steps, as
+    what sampling took beside its steps, and that many steady ones. ``resident``: the share of the weights that was on
+    the card. ``peak``: of CUDA's allocator, without what dynamic VRAM holds. ``failed``: the error, and nothing else
+    then.
     """
 
     card: float

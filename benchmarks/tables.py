@@ -47,16 +47,21 @@ def filled(text: str) -> str:
 
 def gain() -> str:
     """Seconds of sampling an image."""
-    resident, cards = read("gpu_h200"), read("cards_h100")["rows"]
+    resident, cards = read("gpu_h200"), read("cards_h200")["rows"]
     large = {side["name"]: side["image_seconds"] for side in resident["dynamic VRAM"]["sides"]}
     quantized = {side["name"]: side["image_seconds"] for side in resident["dynamic VRAM, fp8_e4m3_rowwise"]["sides"]}
     small = {(row["card"], row["side"]): row["image"] for row in cards}
     rows = [
-        ("H200", "Compile", large["eager"], large["ours"]),
-        ("H200", "Quantize (`fp8_e4m3_rowwise`), Compile", quantized["eager"], quantized["fp8_e4m3_rowwise ours"]),
+        ("all of an H200", "Compile", large["eager"], large["ours"]),
+        ("all of an H200", "Quantize, Compile", quantized["eager"], quantized["fp8_e4m3_rowwise ours"]),
         *(
-            (f"H100, {card} GiB of it free", "Offload, Compile", small[card, "eager"], small[card, "ours, offload"])
-            for card in (24, 12)
+            (f"{card} GiB of it free", nodes, small[card, "eager"], small[card, side])
+            for card, nodes, side in (
+                (24, "Offload, Compile", "ours, offload"),
+                (12, "Offload, Compile", "ours, offload"),
+                (12, "Quantize, Compile", "ours, fp8"),
+                (8, "Quantize, Offload, Compile", "ours, fp8, offload"),
+            )
         ),
     ]
     return markdown(
@@ -147,14 +152,14 @@ def first_steps() -> str:
 
 
 def cards() -> str:
-    """The H100 with less memory free."""
-    seen = read("cards_h100")
+    """The H200 with less memory free."""
+    seen = read("cards_h200")
     rows: dict[str, dict[float, dict[str, Any]]] = {}
     for row in seen["rows"]:
         rows.setdefault(row["side"], {})[row["card"]] = row
     sizes = sorted({row["card"] for row in seen["rows"]}, reverse=True)
     return markdown(
-        [f"`{seen['command']}`", *(f"{size:.0f} GiB free, a step" for size in sizes)],
+        ["Free memory, and a step", *(f"{size:.0f} GiB" for size in sizes)],
         (
             (_card_side(side), *(f"{at[size]['step']:.1f} ms" if size in at else "" for size in sizes))
             for side, at in rows.items()
@@ -191,21 +196,14 @@ def graphs() -> str:
         "fp8 without": "Quantize (`fp8_e4m3_rowwise`), Compile, `off`",
         "fp8 auto": "Quantize (`fp8_e4m3_rowwise`), Compile, `auto`",
     }
-    ways = {way["name"]: way for way in read("graphs_h100")["ways"]}
-    eager = ways["eager"]["step"]
-    return markdown(
-        ["Flux.2 Klein's shape, 512x512", "Step", "Of it kernels", "Times as fast", "Memory for graphs"],
-        (
-            (
-                shown,
-                f"{ways[name]['step']:.1f} ms",
-                f"{ways[name]['kernels']:.1f} ms",
-                f"{eager / ways[name]['step']:.2f}",
-                f"{1024 * ways[name]['kept']:.0f} MiB" if ways[name]["kept"] else "",
-            )
-            for name, shown in names.items()
-        ),
-    )
+    rows = []
+    for shape, shown in {"klein": "Flux.2 Klein's", "dev": "Flux.1-dev's"}.items():
+        ways = {way["name"]: way for way in read("graphs_h200")["ways"] if way["shape"] == shape}
+        for name, way in ways.items():
+            gain = f"{ways['eager']['step'] / way['step']:.2f}"
+            kept = f"{1024 * way['kept']:.0f} MiB" if way["kept"] else ""
+            rows.append([shown, names[name], f"{way['step']:.1f} ms", f"{way['kernels']:.1f} ms", gain, kept])
+    return markdown(["Shape, 512x512", "", "Step", "Of it kernels", "Times as fast", "Memory for graphs"], rows)
 
 
 def memory() -> str:

@@ -62,13 +62,17 @@ def start(dynamic_vram: bool = True, cpu: bool = False) -> None:
 def about() -> dict[str, str]:
     """What a result must tell beside its numbers: the card, the versions and the command."""
     host = runpy.run_path(os.path.join(os.environ["COMFYUI_PATH"], "comfyui_version.py"))
-    spec = sys.modules["__main__"].__spec__
+    spec, arguments = sys.modules["__main__"].__spec__, sys.argv[1:]
+    if "--json" in arguments:
+        # Where it is written says nothing of it, and names a path of the machine.
+        at = arguments.index("--json")
+        del arguments[at : at + 2]
     return {
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU",
         "allocator": torch.cuda.get_allocator_backend() if torch.cuda.is_available() else "CPU",
         "torch": torch.__version__,
         "ComfyUI": host["__version__"],
-        "command": " ".join(["python -m", spec.name if spec else sys.argv[0], *sys.argv[1:]]),
+        "command": " ".join(["python -m", spec.name if spec else sys.argv[0], *arguments]),
     }
 
 

@@ -195,6 +195,12 @@ def refuse_arriving(layer: Any, state: Hashable) -> None:
         raise NotHoistable("a LoRA is added to its quantized weights in this step")
 
 
+def as_multiplied(layer: Any, weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """``weight`` of ``layer``, dequantized where the host does that for each product with activations of ``dtype``."""
+    quantized = isinstance(weight, comfy.quant_ops.QuantizedTensor) and weight.dtype == dtype
+    return weight.dequantize() if quantized and (format_in_use(layer) or "").endswith(_BY_WEIGHTS) else weight
+
+
 def quantizes_activations_itself(layer: Any) -> bool:
     """Whether the layout of ``layer`` does so in its product, even where full precision is asked for."""
     host = comfy.quant_ops.QUANT_ALGOS.get(layer.quant_format, {})

@@ -20,6 +20,7 @@ from ...hotpath.ahead import Table, content_key
 from ...hotpath.template import Given, NotHoistable, refuse_bolted_on
 from ..families import family_of, named_modulations
 from ..layers.gguf import is_gguf_layer
+from ..layers.quantized import as_multiplied
 from ..model_call import ModelCall
 from ..models import to_device, why_untouched
 from ..telling.progress import PartText
@@ -196,7 +197,7 @@ class _State:
         rows: dict[Hashable, dict[str, Any]] = {known: {} for known in wanted}
         for path, module in self._modules.items():
             comfy.model_management.throw_exception_if_processing_interrupted()
-            with _resident(module.lin, f"diffusion_model.{path}.lin", patcher, vector.device):
+            with _resident(module.lin, f"diffusion_model.{path}.lin", patcher, vector):
                 for known, value in wanted.items():
                     rows[known][path] = type(module).forward(module, value)
         for known, outputs in rows.items():
@@ -267,9 +268,10 @@ def _foresee(model: BaseModel, t: Tensor, sigmas: Tensor | None, conds: Mapping[
 
 
 @contextmanager
-def _resident(layer: Any, key: str, patcher: ModelPatcher, device: torch.device) -> Iterator[None]:
-    """Let ``layer`` compute as if the host had put it on ``device`` whole, for as long as the scope lasts."""
-    dynamic = "_v" in layer.__dict__
+def _resident(layer: Any, key: str, patcher: ModelPatcher, like: Tensor) -> Iterator[None]:
+    """Let ``layer`` compute as if the host had put it on the device of ``like`` whole, for as long as the scope lasts:
+    many vectors of its kind by one weight, brought and dequantized once."""
+    dynamic, device = "_v" in layer.__dict__, like.device
     # A GGUF layer does so wherever it is.
     if is_gguf_layer(type(layer)) or (not dynamic and not hasattr(layer, "prev_comfy_cast_weights")):
         yield
@@ -287,9 +289,8 @@ def _resident(layer: Any, key: str, patcher: ModelPatcher, device: torch.device)
             else:
                 functions = []
                 value = patcher.patch_weight_to_device(f"{key}.{name}", device_to=device, return_weight=True)
-            layer._parameters[name] = nn.Parameter(
-                to_device(value, device).to(device, non_blocking=True), requires_grad=False
-            )
+            value = as_multiplied(layer, to_device(value, device).to(device, non_blocking=True), like.dtype)
+            layer._parameters[name] = nn.Parameter(value, requires_grad=False)
             layer.__dict__[f"{name}_function"] = functions
         layer.__dict__.pop("_v", None)
         yield

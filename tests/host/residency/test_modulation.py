@@ -8,6 +8,7 @@ import torch
 from changes import in_low_vram, with_lora
 from conditions import control_net, hook_lora, regional, with_control
 from hotpath_pack.devtools import checkpoints
+from hotpath_pack.host.quantizing.formats import Int8WeightOnlyLayout
 from hotpath_pack.host.residency import modulation
 from sampling import (
     SMALL,
@@ -144,6 +145,22 @@ def test_quantized_models_in_either_order(flux, flux_weights, lora):
     assert torch.equal(sample(other_order, **SMALL), sample(small, **SMALL))
     assert ahead_of(other_order).vectors
     assert other_order.model_size() == ahead.model_size() < small.model_size()
+
+
+def test_a_quantized_weight_is_dequantized_once_for_all_vectors(flux, monkeypatch):
+    dequantize, counts = Int8WeightOnlyLayout.dequantize, []
+
+    def counting(qdata, params):
+        counts.append(tuple(qdata.shape))
+        return dequantize(qdata, params)
+
+    small = quantized(flux)
+    ahead = assert_same_bits(small, **dict(SMALL, steps=4))
+    ahead_of(ahead)._states.clear()
+    monkeypatch.setattr(Int8WeightOnlyLayout, "dequantize", counting)
+    sample(ahead, **dict(SMALL, steps=4))
+    layers = modulation.modulation_layers(flux.model.diffusion_model)
+    assert ahead_of(ahead).vectors == 5 and len(counts) == len(layers)
 
 
 def test_weights_changed_in_place_are_seen(flux):
