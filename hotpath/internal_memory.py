@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .values import extent, lying_in
+
 _NEEDED = (
     "_DisableTorchDispatch",
     "_construct_storage_from_data_pointer",
@@ -77,6 +79,15 @@ def lends(device: torch.device, lend: Callable[[Sequence[int], Sequence[int], to
 def storage_at(address: int, device: torch.device, count: int) -> Any:
     """``count`` bytes at an address as a storage that does not own them."""
     return torch._C._construct_storage_from_data_pointer(address, device, count)
+
+
+def unowned(tensor: Tensor) -> Tensor:
+    """``tensor`` as one that does not keep its memory: for as long as that is known to be there."""
+    if not tensor.numel():
+        return tensor
+    count = extent(tensor.shape, tensor.stride(), tensor.element_size())
+    storage = storage_at(tensor.data_ptr(), tensor.device, count)
+    return lying_in(storage, 0, tensor.shape, tensor.stride(), tensor.dtype)
 
 
 def users(storage: Any) -> int:

@@ -18,7 +18,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from .internal_memory import lends, storage_at, unseen
+from .internal_memory import lends, storage_at, unowned, unseen
 from .values import extent, lying_in
 
 # As memory of its own would be.
@@ -277,9 +277,4 @@ def _harmless(value: Any) -> Any:
 
 
 def _unowned(value: Any) -> Any:
-    """A tensor as one that keeps no memory."""
-    if not isinstance(value, Tensor) or not value.numel():
-        return value
-    count = extent(value.shape, value.stride(), value.element_size())
-    storage = storage_at(value.data_ptr(), value.device, count)
-    return lying_in(storage, 0, value.shape, value.stride(), value.dtype)
+    return unowned(value) if isinstance(value, Tensor) else value

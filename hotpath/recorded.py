@@ -17,7 +17,7 @@ import logging
 import threading
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
@@ -57,13 +57,16 @@ class Graph(Protocol):
     def __call__(self, weights: dict[str, Tensor], inputs: dict[str, Any]) -> Any: ...
 
 
+def addresses_of(weights: Mapping[str, Tensor]) -> Addresses:
+    """Where ``weights`` lie, and how."""
+    return tuple((weight.data_ptr(), weight.shape, weight.stride()) for weight in weights.values())
+
+
 class Replayed(NamedTuple):
-    """The output of a block that ran as its recording, with the addresses that this holds, or why it did not; all None
-    where it may yet."""
+    """The output of a block that ran as its recording, or why it did not; both None where it may yet."""
 
     output: Any = None
     why_not: str | None = None
-    addresses: Addresses | None = None
 
 
 @dataclass
@@ -73,7 +76,6 @@ class _Block:
     addresses: Addresses
     calls: int = 1
     moves: int = 0
-    like_others: bool = False
     recording: Recording | None = None
 
 
@@ -81,14 +83,12 @@ class _Block:
 class _Frame:
     """What all blocks of one graph and one size share. ``outputs`` are numbers of inputs, where the block wrote its
     output over them, or memory that each block's output is copied to and handed out from as a copy; ``written`` are the
-    numbers of the storages of inputs that a block writes. ``stand_ins`` are like the weights of its blocks, without
-    memory."""
+    numbers of the storages of inputs that a block writes."""
 
     graph: Graph
     static: StaticInputs | None = None
     outputs: list[int | Tensor] | None = None
     written: set[int] = field(default_factory=set)
-    stand_ins: dict[str, Tensor] = field(default_factory=dict)
     shape: Any = None
     why_not: str | None = None
     asked: int = 0
@@ -105,7 +105,6 @@ class _Frame:
             if block.recording is not None:
                 block.recording.reset()
         self.blocks.clear()
-        self.stand_ins.clear()
         self.static = self.outputs = None
 
 
@@ -149,6 +148,7 @@ class Recordings:
         inputs: dict[str, Any],
         always: bool,
         unsafe: Callable[[], str | None] = lambda: None,
+        addresses: Addresses | None = None,
     ) -> Replayed:
         """Run ``block`` as its recording, or record it; where it is not, the caller has to run ``graph``.
 
@@ -157,24 +157,12 @@ class Recordings:
             graph: what computes it, whose guards hold for ``weights`` and ``inputs``.
             always: record also where the device does not wait for Python.
             unsafe: asked before it is recorded: why it must not be.
+            addresses: the ``addresses_of`` its weights, where they are known.
         """
         with self._lock:
             found = layout(inputs)
             frame = self._frame(graph, found)
-            return self._run(frame, block, found, weights, inputs, always, unsafe)
-
-    def replay(self, block: Any, graph: Graph, addresses: Addresses, inputs: dict[str, Any]) -> Replayed:
-        """Run ``block`` as its recording, without its weights, which the caller knows to be at ``addresses``, as
-        ``run`` gave them. Guards on weights are asked of ones of the same kind."""
-        with self._lock:
-            found = layout(inputs)
-            frame = self._frame(graph, found)
-            known = frame.blocks.get(block)
-            if known is None or known.recording is None or known.addresses is not addresses:
-                return Replayed()
-            if not known.like_others or not graph.accepts(frame.stand_ins, inputs):
-                return Replayed()
-            return self._replayed(frame, known, found)
+            return self._run(frame, block, found, weights, addresses or addresses_of(weights), inputs, always, unsafe)
 
     def drop(self) -> None:
         """Forget all recordings, and let their memory go."""
@@ -199,13 +187,13 @@ class Recordings:
         key: Any,
         found: Layout,
         weights: dict[str, Tensor],
+        addresses: Addresses,
         inputs: dict[str, Any],
         always: bool,
         unsafe: Callable[[], str | None],
     ) -> Replayed:
         if frame.why_not is not None:
             return Replayed(why_not=frame.why_not)
-        addresses = tuple((weight.data_ptr(), weight.shape, weight.stride()) for weight in weights.values())
         block = frame.blocks.get(key)
         if block is None:
             block = frame.blocks[key] = _Block(addresses)
@@ -232,7 +220,7 @@ class Recordings:
         groups = static.bring(found)
         block.recording.replay()
         self._mark = None
-        return Replayed(_outputs(frame, found, groups), addresses=block.addresses)
+        return Replayed(_outputs(frame, found, groups))
 
     def _frame(self, graph: Graph, found: Layout) -> _Frame:
         key = (id(graph), found.key, torch.is_inference_mode_enabled(), self._recorder.stream())
@@ -298,11 +286,8 @@ class Recordings:
         recording.replay()
         block.recording = recording
         self._mark = None
-        if not frame.stand_ins:
-            frame.stand_ins = {name: _without_memory(weight) for name, weight in weights.items()}
-        block.like_others = _kind(frame.stand_ins) == _kind(weights)
         if want is None or all(_same_bits(*pair) for pair in zip(_written(frame, static), want, strict=True)):
-            return Replayed(_outputs(frame, found, groups), addresses=block.addresses)
+            return Replayed(_outputs(frame, found, groups))
         for memory, computed in zip(_written(frame, static), want, strict=True):
             memory.copy_(computed)
         out = _outputs(frame, found, groups)
@@ -356,17 +341,6 @@ def _outputs(frame: _Frame, found: Layout, groups: list[int]) -> Any:
             here = found.places[place][0] not in groups
             outputs.append(found.tensors[place] if here else static.twins[place].detach())
     return rebuilt(frame.shape, outputs)
-
-
-def _kind(weights: dict[str, Tensor]) -> list[Any]:
-    return [(name, each.dtype, each.shape, each.stride(), each.is_inference()) for name, each in weights.items()]
-
-
-def _without_memory(tensor: Tensor) -> Tensor:
-    """As ``tensor`` is for a guard, which does not look at its elements."""
-    like = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device)
-    like.untyped_storage().resize_(0)
-    return like
 
 
 def _same_bits(one: Tensor, other: Tensor) -> bool:

@@ -34,8 +34,9 @@ from ..telling.ledger import Ledger
 from ..telling.progress import NodeText
 from .artifacts import kept_region, require_kept, unsupported
 from .boundary import GettingCode
+from .known import KnownBlocks
 from .plans import Plans
-from .replay import NOT_AHEAD, Replayed, Replays
+from .replay import NOT_AHEAD, Replayed, Replays, unsafe_weights
 from .warming import Arguments, Example
 from .when import LATER, When, check_machine
 
@@ -144,6 +145,7 @@ class CompiledBlocks(Ledger):
         self.cache = cache
         self._failed: dict[Hashable, str] = {}
         self.plans = Plans(fuses=settings.backend == "inductor")
+        self._known = KnownBlocks()
         self._blocks: weakref.WeakKeyDictionary[nn.Module, _Blocks] = weakref.WeakKeyDictionary()
         self.when = When(when)
         if earlier := LATEST.get(text.node_id):
@@ -274,16 +276,19 @@ class CompiledBlocks(Ledger):
                 inputs[vector] = {path: block.get_submodule(path)(inputs[vector]) for path in plan.given}
             with GettingCode(f"{kind.name} block"):
                 taken = kind.interface.region_inputs(inputs, activation, self.settings.dynamic != "never")
-            if attend is None:
-                out = self.replays.again(call.graphs, kind.name, plan, layers, taken, activation.device)
-                if out is not None:
-                    call.account.ran_compiled(kind.name, index)
-                    return out
+                bind = kind.interface.bind_for(attend, activation)
+                way = bind, torch.is_inference_mode_enabled(), activation.device
+                known = None if streamed else scope.enter_context(self._known.found(plan, way, layers, taken))
+            replay = functools.partial(self.replays.run, call.graphs, kind.name, plan, layers, attend, streamed)
+            scope.enter_context(nullcontext() if attend is None else attention_scope(attend))
+            if known is not None:
+                out = replay(known.graph, known.weights, taken, known.addresses)
+                call.account.ran_compiled(kind.name, index)
+                return out
             with GettingCode(f"{kind.name} block"):
                 scope.enter_context(in_place(layers, activation))
                 weights = block_weights(layers, activation)
-                bind = kind.interface.bind_for(attend, activation)
-                like = plan.key, bind, torch.is_inference_mode_enabled(), activation.device
+                like = plan.key, *way
                 region = call.regions.get(like)
                 # For whatever else is in the key of a region its graphs have guards.
                 graph = None if region is None else region.proven_graph(weights, taken)
@@ -295,10 +300,11 @@ class CompiledBlocks(Ledger):
                     dims = given.token_dims
             assert region is not None
             call.regions[like] = region
-            scope.enter_context(nullcontext() if attend is None else attention_scope(attend))
             if graph is not None:
-                out = self.replays.run(call.graphs, kind.name, plan, layers, attend, streamed, graph, weights, taken)
+                out = replay(graph, weights, taken)
                 self.regions.setdefault(region)
+                if not streamed and unsafe_weights(layers, activation.device) is None:
+                    self._known.note(plan, way, layers, graph, weights)
             else:
                 interrupt = comfy.model_management.throw_exception_if_processing_interrupted
                 with self._failing_once(key), while_waiting(interrupt):

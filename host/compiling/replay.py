@@ -7,10 +7,9 @@ weights that stay where they are and blocks that Python has no part in.
 from __future__ import annotations
 
 import threading
-import weakref
 from collections import Counter
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import comfy.model_management
 import torch
@@ -24,7 +23,6 @@ from ...hotpath.recorded import Addresses, Graph, Recordings
 from ...hotpath.settings import CUDA_GRAPH_MODES, CompileSettings
 from ..layers.bypass import in_bypass
 from ..layers.gguf import FINISHED
-from ..residency.places import Places
 from ..residency.weights import Layers
 
 CHOICES = ("auto", "off")
@@ -75,14 +73,6 @@ class Replayed:
         self.why_not.setdefault(reason, Counter())[kind] += 1
 
 
-class _Known(NamedTuple):
-    """Of a block that ran as its recording: what recorded it, and where its weights were."""
-
-    graph: Graph
-    addresses: Addresses
-    places: Places
-
-
 class Replays:
     """The recorded blocks of one compile node.
 
@@ -97,7 +87,6 @@ class Replays:
         )
         self.last = Replayed()
         self._devices: set[torch.device] = set()
-        self._known: weakref.WeakKeyDictionary[Any, _Known] = weakref.WeakKeyDictionary()
 
     @property
     def replayed(self) -> Counter[str]:
@@ -131,8 +120,12 @@ class Replays:
         graph: Graph,
         weights: dict[str, Tensor],
         inputs: dict[str, Any],
+        addresses: Addresses | None = None,
     ) -> Any:
-        """Run ``block``, whose ``graph`` accepts these arguments: as its recording where it has one or may have."""
+        """Run ``block``, whose ``graph`` accepts these arguments: as its recording where it has one or may have.
+
+        ``addresses``: those of ``weights`` that are known to be the layers' own, and to stay.
+        """
         device = next(iter(weights.values())).device
         recordings = recordings_on(device) if self.wanted else None
         if recordings is None:
@@ -141,35 +134,16 @@ class Replays:
             call.note(kind, OPAQUE if attend is not None else STREAMED)
             return graph(weights, inputs)
         self._devices.add(device)
-        unsafe = partial(unsafe_weights, layers, device)
-        done = recordings.run(block, graph, weights, inputs, self.always, unsafe)
+        unsafe = partial(unsafe_weights, layers, device) if addresses is None else lambda: None
+        done = recordings.run(block, graph, weights, inputs, self.always, unsafe, addresses)
         if done.why_not is not None:
             call.note(kind, done.why_not)
         if done.output is not None:
             call.blocks[kind] += 1
-            places = Places(layers)
-            if done.addresses is not None and places.cover(weights):
-                self._known[block] = _Known(graph, done.addresses, places)
             return done.output
         out = graph(weights, inputs)
         recordings.ran()
         return out
-
-    def again(
-        self, call: Replayed, kind: str, block: Any, layers: Layers, inputs: dict[str, Any], device: torch.device
-    ) -> Any:
-        """Run ``block`` as its recording where it has one and its weights are known to be in place; else None."""
-        known = self._known.get(block)
-        recordings = recordings_on(device) if known is not None else None
-        if known is None or recordings is None:
-            return None
-        with known.places.held(layers) as there:
-            if not there:
-                return None
-            done = recordings.replay(block, known.graph, known.addresses, inputs)
-        if done.output is not None:
-            call.blocks[kind] += 1
-        return done.output
 
     def start(self, patcher: ModelPatcher) -> None:
         """A sampling run begins: what failed for want of memory is tried again."""

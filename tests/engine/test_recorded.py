@@ -15,7 +15,7 @@ from hotpath_pack.hotpath.recorded import (
     NO_MEMORY,
     OTHER_KIND,
     Recordings,
-    Replayed,
+    addresses_of,
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -77,14 +77,11 @@ def step(recordings, graph, blocks, inputs, always=True, between=lambda index, o
     recordings.begin()
     for index, block in enumerate(blocks):
         weights = {"w": block.weight}
-        done = Replayed()
         addresses, address = block.known
         # As the host does where it knows that weights are where they were.
-        if address == block.weight.data_ptr():
-            done = recordings.replay(block, graph, addresses, inputs)
-        if done.output is None:
-            done = recordings.run(block, graph, weights, inputs, always)
-        block.known = done.addresses, block.weight.data_ptr() if done.addresses else None
+        known = addresses if address == block.weight.data_ptr() else None
+        done = recordings.run(block, graph, weights, inputs, always, addresses=known)
+        block.known = addresses_of(weights), block.weight.data_ptr()
         if done.output is None:
             if done.why_not and reasons is not None:
                 reasons.append(done.why_not)
@@ -326,7 +323,7 @@ def test_what_is_unsafe_is_not_recorded(recordings, recorder):
     graph, block = Graph(), Block(0)
     for _ in range(3):
         done = recordings.run(block, graph, {"w": block.weight}, make_inputs(0), True, lambda: "hooks")
-    assert done == (None, "hooks", None) and recorder.recorded == 0
+    assert done == (None, "hooks") and recorder.recorded == 0
 
 
 def test_another_stream_has_recordings_of_its_own(recordings, recorder):

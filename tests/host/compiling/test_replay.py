@@ -130,3 +130,25 @@ def test_replays_are_the_bits_of_the_same_regions_unrecorded(model, weights, rec
     without.set_model_attn1_output_patch(lambda attn, extra_options: attn * 0.5)
     assert torch.equal(sample(attention, **RUN), sample(without, **RUN))
     assert not replays_of(on).replayed and set(replays_of(on).why_not) == {replay.OPAQUE}
+
+
+def test_blocks_whose_weights_stayed_run_without_the_host_being_asked(model, monkeypatch):
+    """Whatever becomes of recordings; and those whose weights moved or changed are asked for anew."""
+    asked, ask = [], host_compile.block_weights
+    monkeypatch.setattr(host_compile, "block_weights", lambda *args: asked.append(1) or ask(*args))
+    fast = compiled(model, cuda_graphs="off")
+    want = sample(model, **RUN)
+    assert sample(fast, **RUN).equal(first := sample(fast, **RUN))
+    assert (first - want).abs().max() < 1e-4
+    asked.clear()
+    assert sample(fast, **RUN).equal(first) and not asked
+    move(model)
+    assert sample(fast, **RUN).equal(first)
+    assert len(asked) == DEPTHS[0], "of the double blocks, and once"
+    with torch.inference_mode():
+        for block in model.model.diffusion_model.single_blocks:
+            block.linear2.weight.data.mul_(0.5)
+    asked.clear()
+    changed = sample(fast, **RUN)
+    assert not asked and not changed.equal(first)
+    assert (changed - sample(model, **RUN)).abs().max() < 1e-4
