@@ -190,14 +190,14 @@ class Canvas:
     def open_template(self, name: str) -> None:
         """Open an example workflow from the host's template browser, once its thumbnail is shown there."""
         self.page.evaluate("window.app.extensionManager.command.execute('Comfy.BrowseTemplates')")
-        # What is typed before it has its cards is lost.
+        # What is chosen before it has its cards is lost. A search would find those of the host's hundreds first.
         self.page.get_by_text("Node graph").first.wait_for()
-        search = self.page.get_by_placeholder("Search ...")
-        search.fill(name)
+        pack = self.page.get_by_role("dialog").get_by_text("HotPath", exact=True)
+        pack.first.click()
         thumbnail = "name => [...document.images].some((image) => image.alt === name && image.naturalWidth)"
         self.page.wait_for_function(thumbnail, arg=name, timeout=60_000)
         self.page.get_by_alt_text(name, exact=True).click()
-        search.wait_for(state="detached")
+        pack.first.wait_for(state="detached")
         opened = "name => window.app.extensionManager.workflow.activeWorkflow?.filename === name"
         self.page.wait_for_function(opened, arg=name)
 
