@@ -192,7 +192,7 @@ def format_in_use(layer: Any) -> str | None:
 def refuse_arriving(layer: Any, state: Hashable) -> None:
     """Raise NotHoistable for a ``layer`` of this ``state`` that the host multiplies in another way this time."""
     if isinstance(state, str) and state.endswith(_BY_WEIGHTS) and is_patched(layer) and arrives(layer):
-        raise NotHoistable("a LoRA is added to its quantized weights in this step")
+        raise NotHoistable("a LoRA is added to its quantized weights in this step; from the next on it runs compiled")
 
 
 def as_multiplied(layer: Any, weight: Tensor, dtype: torch.dtype) -> Tensor:
