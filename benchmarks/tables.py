@@ -57,10 +57,8 @@ def gain() -> str:
         *(
             (f"{card} GiB of it free", nodes, small[card, "eager"], small[card, side])
             for card, nodes, side in (
-                (24, "Offload, Compile", "ours, offload"),
                 (12, "Offload, Compile", "ours, offload"),
                 (12, "Quantize, Compile", "ours, fp8"),
-                (8, "Quantize, Offload, Compile", "ours, fp8, offload"),
             )
         ),
     ]

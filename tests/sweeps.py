@@ -20,6 +20,16 @@ def add_options(parser):
     parser.addini("budgets", "a file and its seconds a line, for those that may take more", "linelist", default=[])
 
 
+def _budgets(config):
+    return {file: float(seconds) for file, seconds in (line.rsplit(maxsplit=1) for line in config.getini("budgets"))}
+
+
+def longest_first(config, items):
+    """So that in the end no worker is left with a file that takes minutes; xdist itself goes by the number of tests."""
+    budgets = _budgets(config)
+    items.sort(key=lambda item: -budgets.get(item.nodeid.partition("::")[0], 0))
+
+
 def is_sweep(item):
     """``sweep`` marks all cases of a test, ``sweep(keep=[...])`` all but those, by their ids."""
     mark = item.get_closest_marker("sweep")
@@ -72,12 +82,12 @@ def header(config):
 
 def summarize(reporter, config):
     """Files that took longer than they may; machines differ, so that this fails nothing."""
-    budgets = dict(line.rsplit(maxsplit=1) for line in config.getini("budgets"))
+    budgets = _budgets(config)
     took = Counter()
     for report in (report for reports in reporter.stats.values() for report in reports):
         if hasattr(report, "duration") and hasattr(report, "when"):
             took[report.nodeid.partition("::")[0]] += report.duration
-    limits = {file: float(budgets.get(file, config.getini("budget"))) for file in took}
+    limits = {file: budgets.get(file, float(config.getini("budget"))) for file in took}
     over = [(file, seconds) for file, seconds in took.most_common() if seconds > limits[file]]
     if over and not config.option.all:
         reporter.section("over their budget")

@@ -13,6 +13,7 @@ def pytest_addoption(parser):
 
 def pytest_collection_modifyitems(config, items):
     sweeps.choose(config, items)
+    sweeps.longest_first(config, items)
 
 def pytest_terminal_summary(terminalreporter, config):
     sweeps.summarize(terminalreporter, config)
@@ -72,3 +73,10 @@ def test_a_case_to_keep_that_is_none_is_an_error(run):
 def test_a_file_over_its_budget_is_told(run):
     assert "test_cases.py: 0 s of 0" in run()
     assert "over their budget" not in run("--all")
+
+
+def test_the_files_that_may_take_longest_start_first(pytester, run):
+    pytester.makeini("[pytest]\nmarkers =\n    sweep\nbudgets =\n    test_short.py 70\n    test_long.py 200\n")
+    pytester.makepyfile(test_long="def test_it(): pass", test_short="def test_it(): pass")
+    files = [line.partition("::")[0] for line in run("--co", "-q").splitlines() if "::" in line]
+    assert list(dict.fromkeys(files)) == ["test_long.py", "test_short.py", "test_cases.py"]
