@@ -33,8 +33,10 @@ class KnownBlocks:
 
     def note(self, plan: BlockPlan, way: Hashable, layers: Layers, graph: Graph, weights: dict[str, Tensor]) -> None:
         """The block ran ``way`` by ``graph``; of weights that were made for this use nothing is known later."""
+        if not recordable():
+            return
         places = Places(layers)
-        if recordable() and places.cover(weights):
+        if places.cover(weights):
             lent = {name: unowned(weight) for name, weight in weights.items()}
             self._known.setdefault(plan, {})[way] = Known(graph, lent, addresses_of(lent), places)
 
