@@ -34,6 +34,7 @@ from ..telling.ledger import Ledger
 from ..telling.progress import NodeText
 from .artifacts import kept_region, require_kept, unsupported
 from .boundary import GettingCode
+from .hosts_compiler import hosts_compiler_off
 from .known import KnownBlocks
 from .plans import Plans
 from .replay import NOT_AHEAD, Replayed, Replays, unsafe_weights
@@ -180,7 +181,7 @@ class CompiledBlocks(Ledger):
             return call.account.whole and self.seconds == spent
 
         others = compiled_by_another(asked.options)
-        with self.text.guarded():
+        with self.text.guarded(), hosts_compiler_off():
             if WHOLE_MODEL in others:
                 self.tell(_WHOLE, "the model")
                 call.account.all_eager(_WHOLE)
