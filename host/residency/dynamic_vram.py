@@ -7,6 +7,7 @@ has one other to hide behind.
 
 from __future__ import annotations
 
+import logging
 import weakref
 from collections.abc import Hashable
 from typing import Any
@@ -16,10 +17,14 @@ from comfy.model_base import BaseModel
 from comfy.model_patcher import ModelPatcher, ModelPatcherDynamic
 
 from ...hotpath.stream import leaving_order
-from .budget import Budget
+from .budget import GIB, Budget
 from .streaming import streamable_layers
 
+log = logging.getLogger(__name__)
+
 KEY = "hotpath_layout"
+# The share of the weights that were there, from which on it is no page more or less.
+_WORTH_MOVING = 0.1
 # What the host keeps on a module of where its weights are.
 _PLACE = ("_v", "_v_signature", "_v_weight", "_v_bias")
 # By model and device, since clones share where its weights are.
@@ -78,13 +83,38 @@ def lay_out(model: ModelPatcher, resident: str, ahead: bool) -> None:
         model.set_attachments(KEY, (resident, ahead))
 
 
-def limit(budget: Budget, patcher: ModelPatcher) -> None:
-    """Let the host keep no more than ``budget`` of a loaded MODEL with dynamic VRAM, until it loads it again.
+class Kept:
+    """What the host keeps on the device of MODELs with dynamic VRAM: no more than ``budget``, and no less than it once
+    kept where that much is free."""
 
-    The host's own bound for it, ``set_watermark_limit``, is a lower bound: below it nothing is ever given up, not
-    even when memory has run out.
-    """
-    vbar = patcher._vbar_get()
-    wanted = budget.bytes(patcher.model_size())
-    if vbar is not None and wanted < vbar.max_size:
-        vbar.set_watermark(int(wanted))
+    def __init__(self, budget: Budget) -> None:
+        self._budget = budget
+        self._most: weakref.WeakKeyDictionary[BaseModel, int] = weakref.WeakKeyDictionary()
+
+    def limit(self, patcher: ModelPatcher) -> None:
+        """Bound what is kept of a loaded MODEL, until the host loads it again.
+
+        The host's own bound for it, ``set_watermark_limit``, is a lower bound: below it nothing is ever given up, not
+        even when memory has run out.
+        """
+        vbar = patcher._vbar_get()
+        wanted = self._budget.bytes(patcher.model_size())
+        if vbar is not None and wanted < vbar.max_size:
+            vbar.set_watermark(int(wanted))
+
+    def regain(self, patcher: ModelPatcher) -> None:
+        """After a step: let weights come back that were given up while something else had the memory.
+
+        The host's watermark only sinks until it loads the MODEL again, so that it would stream them at each step.
+        """
+        loaded, vbar = patcher.loaded_size(), patcher._vbar_get()
+        most = self._most[patcher.model] = max(loaded, self._most.get(patcher.model, 0))
+        if vbar is None or most - loaded < _WORTH_MOVING * most:
+            return
+        # What PyTorch keeps for the next step's activations is not free for weights.
+        free, kept = comfy.model_management.get_free_memory(patcher.load_device, torch_free_too=True)
+        if free - kept - comfy.model_management.extra_reserved_memory() < most - loaded:
+            return
+        log.info("weights that were given up for want of memory come back: %.1f GiB", (most - loaded) / GIB)
+        vbar.prioritize()
+        self.limit(patcher)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import cache
 from typing import Any
 
 import comfy.model_management
@@ -91,8 +91,9 @@ def offload_repeated_blocks(model: ModelPatcher, settings: OffloadSettings, text
     if offloaded.is_dynamic():
         # The host brings what is used and not there while the block before computes.
         dynamic_vram.lay_out(offloaded, settings.resident, ahead)
-        limit = partial(dynamic_vram.limit, Budget.parse(settings.budget))
-        offloaded.add_callback_with_key(CallbacksMP.ON_PRE_RUN, KEY, limit)
+        kept = dynamic_vram.Kept(Budget.parse(settings.budget))
+        offloaded.add_callback_with_key(CallbacksMP.ON_PRE_RUN, KEY, kept.limit)
+        streamed.after_step = kept.regain
         return offloaded
     if type(offloaded) is not ModelPatcher and not is_gguf_patcher(type(offloaded)):
         raise ValueError(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -206,6 +206,7 @@ class StreamedBlocks:
         self.bytes_copied = 0
         self.calls = 0
         self.on_device: tuple[int, int] | None = None
+        self.after_step: Callable[[ModelPatcher], None] = lambda patcher: None
         self._ahead = ahead
         self._no_room = False
         self._runs: weakref.WeakKeyDictionary[BaseModel, _Run] = weakref.WeakKeyDictionary()
@@ -244,6 +245,8 @@ class StreamedBlocks:
             self.calls += 1
         dynamic = patcher is not None and patcher.is_dynamic()
         self.on_device = (patcher.loaded_size(), patcher.model_size()) if dynamic else None
+        if dynamic:
+            self.after_step(patcher)
         self.text.show(self.summary())
         return out
 

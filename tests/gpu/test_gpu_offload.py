@@ -3,7 +3,7 @@
 import pytest
 import torch
 from hotpath_pack.devtools.checkpoints import flux1, lora
-from hotpath_pack.devtools.gpu_host import compiled, load, offload, quantize, sample
+from hotpath_pack.devtools.gpu_host import calling, compiled, load, offload, quantize, sample
 from hotpath_pack.hotpath.counters import breaks_so_far, graphs_so_far
 
 pytestmark = pytest.mark.gpu
@@ -44,3 +44,20 @@ def test_the_same_bits_with_a_quarter_less_on_the_device(dynamic, patched, forma
     fast = sample(compiled(ahead), **RUN)
     assert (fast - want).norm() / want.norm() < (0.02 if format is None else 0.2)
     assert graphs_so_far() <= before[0] + 2 and breaks_so_far() == before[1]
+
+
+def test_weights_that_were_given_up_in_mid_run_come_back():
+    run = dict(RUN, steps=6)
+    lean = offload(load(3, 4, torch.bfloat16, hidden=2048))
+    want, whole, there = sample(lean, **run), lean.loaded_size(), []
+
+    def around(call):
+        out = call()
+        there.append(lean.loaded_size())
+        if len(there) == 2:
+            # As when another program asks for the card's memory, and returns it.
+            lean._vbar_get().free_memory(2**62)
+        return out
+
+    assert torch.equal(sample(calling(lean, around), **run), want)
+    assert there[1] == whole and there[2] < whole / 2 and there[3:] == [whole] * 3

@@ -111,11 +111,18 @@ class Vbar:
 
     max_size = 10**9
 
-    def __init__(self):
+    def __init__(self, loaded=0):
         self.calls = []
+        self.loaded = loaded
 
     def set_watermark(self, size):
         self.calls.append(("watermark", size))
+
+    def prioritize(self):
+        self.calls.append("all may come")
+
+    def loaded_size(self):
+        return self.loaded
 
 
 @pytest.fixture
@@ -130,12 +137,39 @@ def dynamic(flux, monkeypatch):
 def test_a_budget_bounds_what_dynamic_vram_keeps_and_auto_leaves_it_to_the_host(dynamic):
     vbar = Vbar()
     dynamic.model.dynamic_vbars[dynamic.load_device] = vbar
-    dynamic_vram.limit(Budget(), dynamic)
+    dynamic_vram.Kept(Budget()).limit(dynamic)
     assert vbar.calls == []
-    dynamic_vram.limit(Budget(share=0.5), dynamic)
+    dynamic_vram.Kept(Budget(share=0.5)).limit(dynamic)
     assert vbar.calls == [("watermark", dynamic.model_size() // 2)]
     del dynamic.model.dynamic_vbars[dynamic.load_device]
-    dynamic_vram.limit(Budget(share=0.5), dynamic)
+    dynamic_vram.Kept(Budget(share=0.5)).limit(dynamic)
+
+
+def test_weights_that_were_given_up_come_back_once_their_memory_is_free(dynamic, monkeypatch):
+    free = {"free": 0, "kept": 0}
+    monkeypatch.setattr(
+        comfy.model_management, "get_free_memory", lambda device, torch_free_too: (free["free"], free["kept"])
+    )
+    reserved = comfy.model_management.extra_reserved_memory()
+    vbar = dynamic.model.dynamic_vbars[dynamic.load_device] = Vbar(loaded=1000)
+    kept = dynamic_vram.Kept(Budget(share=0.5))
+    # In the first step nothing is missing, a page less is no loss, and then all is gone.
+    for loaded in (1000, 950, 0):
+        vbar.loaded = loaded
+        kept.regain(dynamic)
+    assert vbar.calls == []
+    # What PyTorch keeps is for the next step's activations.
+    free.update(free=2 * reserved + 2000, kept=reserved + 2000)
+    kept.regain(dynamic)
+    assert vbar.calls == []
+    free["kept"] = 0
+    kept.regain(dynamic)
+    assert vbar.calls == ["all may come", ("watermark", dynamic.model_size() // 2)]
+    vbar.loaded = 1000
+    kept.regain(dynamic)
+    assert len(vbar.calls) == 2
+    del dynamic.model.dynamic_vbars[dynamic.load_device]
+    kept.regain(dynamic)
 
 
 @pytest.mark.parametrize("resident", ["spread", "first", "last"])
