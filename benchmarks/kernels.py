@@ -26,6 +26,7 @@ from torch.nn.functional import rms_norm, scaled_dot_product_attention
 
 from devtools.cli import run_tool, write_json
 from devtools.measure import snr
+from hotpath import triton_int8
 from hotpath import triton_rotary as fused
 from hotpath.attention import cudnn_attention
 from hotpath.inductor import region_options
@@ -39,6 +40,15 @@ TEXT, IMAGE = 512, 4096
 ROUNDS = 5
 EPS = torch.finfo(torch.float32).eps
 FP8 = torch.float8_e4m3fn
+INT8_SHAPES = (
+    (128, 128, 64, 8, 4, 4),
+    (128, 128, 128, 8, 8, 3),
+    (128, 256, 64, 8, 8, 4),
+    (128, 256, 128, 8, 8, 3),
+    (256, 128, 128, 8, 8, 3),
+    (128, 256, 128, 16, 8, 3),
+    (128, 256, 128, 8, 8, 4),
+)
 Rows = list[dict[str, Any]]
 
 
@@ -340,6 +350,40 @@ def blocks(row: Any, text: int, image: int, fa3: Path | None) -> None:
         row(f"double: {name}", functools.partial(run, given, *streams, table), want)
 
 
+def int8(row: Any, text: int, image: int, fa3: Path | None) -> None:
+    """Products of 8-bit rows of a double and a single block, scaled, with what follows them in bf16."""
+    for tokens, depth, width in (
+        (image, HIDDEN, 3 * HIDDEN),
+        (image, MLP, HIDDEN),
+        (text + image, HIDDEN, 3 * HIDDEN + MLP),
+        (text + image, HIDDEN + MLP, HIDDEN),
+    ):
+        name = f"{tokens} x {depth} x {width}"
+        x, w = (torch.randint(-127, 128, (rows, depth), device=device()).to(torch.int8) for rows in (tokens, width))
+        scales = [torch.rand(rows, 1, device=device()) * 1e-3 for rows in (tokens, width)]
+        bias, full = randn(width), randn(width, depth)
+
+        def today(x: Tensor, scale: Tensor, w: Tensor = w, bias: Tensor = bias, scales: Any = scales) -> Tensor:
+            return (torch._int_mm(x, w.t()).float() * (scale * scales[1].t())).bfloat16() + bias
+
+        want = today(x, scales[0])
+        row(
+            f"{name}: int32, then scales",
+            functools.partial(compiled(today, (x, 0), (scales[0], 0)), x, scales[0]),
+            want,
+        )
+        row(f"{name}: bf16", functools.partial(torch.nn.functional.linear, x.bfloat16(), full, bias))
+        out = torch.empty_like(want)
+        for shape in INT8_SHAPES:
+            given = x, scales[0], w, scales[1], bias, out
+
+            def direct(given: Any = given, shape: Any = shape) -> Tensor:
+                triton_int8.launch(triton_int8.int8_product_kernel, *given, shape)
+                return given[-1]  # type: ignore[no-any-return]
+
+            row(f"{name}: kernel, {shape}", direct, want)
+
+
 def wide(weights: dict[str, Any]) -> dict[str, Any]:
     return {name: weight.double() for name, weight in weights.items()}
 
@@ -349,6 +393,7 @@ PARTS: dict[str, Callable[..., None]] = {
     "norm-rotary-double": norm_and_rotary_double,
     "blocks": blocks,
     "attention": attention,
+    "int8": int8,
 }
 
 if __name__ == "__main__":

@@ -9,8 +9,11 @@ Dettmers et al., "LLM.int8()", arXiv:2208.07339.
 
 from __future__ import annotations
 
+import importlib
+
 import torch
 from torch import Tensor
+from torch.utils._triton import has_triton_package
 
 FP8 = torch.float8_e4m3fn
 
@@ -55,6 +58,30 @@ def fp8_product(
     # Products of fp8 are exact in float32; PyTorch's own on the CPU is a plain loop with one scale.
     out = (rows.float() @ weight.float().t()) * (scales * weight_scale.t())
     return out.to(dtype) if bias is None else out.to(dtype) + bias
+
+
+def has_int8_kernel() -> bool:
+    """Whether ``int8_product`` can be had here, on CUDA devices; makes its operator known to PyTorch."""
+    if not has_triton_package() or not torch.cuda.is_available():
+        return False
+    if min(map(torch.cuda.get_device_capability, range(torch.cuda.device_count()))) < (8, 0):
+        return False
+    importlib.import_module(f"{__package__}.triton_int8")
+    return True
+
+
+def int8_product(
+    rows: Tensor, scales: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    """The product above of int8 ``rows`` (M, K) and ``weight`` (N, K) on a CUDA device: (M, N).
+
+    Args:
+        scales: (M, 1) float32.
+        weight_scale: (N, 1) float32, or one number for all.
+        bias: (N,), added in ``dtype``.
+    """
+    product: Tensor = torch.ops.hotpath.int8_scaled_product(rows, scales, weight, weight_scale, bias, dtype)
+    return product
 
 
 def int8_rows(x: Tensor, noise: Tensor | None = None) -> tuple[Tensor, Tensor]:

@@ -16,7 +16,17 @@ from comfy_kitchen.backends.eager import quantization as kitchen
 from torch import Tensor, nn
 
 from ...hotpath.int4 import dequantized_groups
-from ...hotpath.rowwise import FP8, computed_once, dequantized_rows, fp8_product, fp8_rows, fp8_scales, int8_rows
+from ...hotpath.rowwise import (
+    FP8,
+    computed_once,
+    dequantized_rows,
+    fp8_product,
+    fp8_rows,
+    fp8_scales,
+    has_int8_kernel,
+    int8_product,
+    int8_rows,
+)
 from ...hotpath.template import NotHoistable
 from ..quantizing.formats import FP8_ROWWISE, INT4_WEIGHT_ONLY, INT8_WEIGHT_ONLY
 from .patched import arrives, is_patched, stays
@@ -122,10 +132,17 @@ class Int8Linear(_Quantized):
 
     def __init__(self, layer: Any) -> None:
         super().__init__(layer, torch.int8)
+        self.has_kernel = has_int8_kernel()
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, kernel {self.has_kernel}"
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out) in the dtype of ``x``."""
         rows, scales = int8_rows(computed_once(x.reshape(-1, x.shape[-1])))
+        if self.has_kernel and x.is_cuda:
+            out = int8_product(rows, scales, self.weight, self.weight_scale, self.bias, x.dtype)
+            return out.reshape(*x.shape[:-1], self.shape[0])
         product = _int8_product(rows, self.weight).float()
         out = (product * (scales * self.weight_scale.reshape(1, -1))).to(x.dtype)
         if self.bias is not None:
