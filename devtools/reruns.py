@@ -18,7 +18,8 @@ class Reruns:
     """Records on the CPU, as ``CudaGraphs`` does on a CUDA device.
 
     ``before`` is called with the number of each recording before it is made, and of each replay, and may raise.
-    ``waits`` is what the device is taken to do whenever it is asked whether it waits.
+    ``waits`` is what the device is taken to do whenever it is asked whether it waits. Recordings made before the last
+    call of ``grow`` are outgrown.
     """
 
     def __init__(self, waits: bool = True) -> None:
@@ -29,13 +30,24 @@ class Reruns:
         self.replays = 0
         self.alive = 0
         self.current_stream = 0
+        self.settled = 0
+        self._size = 0
         self._numbers = itertools.count()
+
+    def grow(self) -> None:
+        self._size += 1
 
     def record(self, run: Launch, weights: dict[str, Tensor]) -> Recording:
         self.before_recording(next(self._numbers))
         self.recorded += 1
         self.alive += 1
-        return _Rerun(self, run, weights)
+        return _Rerun(self, run, weights, self._size)
+
+    def outgrown(self, recording: Any) -> bool:
+        return recording.size < self._size
+
+    def settle(self) -> None:
+        self.settled += 1
 
     def stream(self) -> Hashable:
         return self.current_stream
@@ -54,8 +66,9 @@ class Reruns:
 
 
 class _Rerun:
-    def __init__(self, owner: Reruns, run: Launch, weights: dict[str, Tensor]) -> None:
+    def __init__(self, owner: Reruns, run: Launch, weights: dict[str, Tensor], size: int) -> None:
         self._owner = owner
+        self.size = size
         self._run: Launch | None = run
         self._inference = torch.is_inference_mode_enabled()
         self._weights = {name: _Place(weight) for name, weight in weights.items()}

@@ -55,6 +55,12 @@ class Recorder(Protocol):
     def pool_bytes(self) -> int:
         """Bytes of the device that the pool keeps."""
 
+    def outgrown(self, recording: Recording) -> bool:
+        """Whether a later recording took more memory than this one's, into which it would go if it was made anew."""
+
+    def settle(self) -> None:
+        """Give back what the allocator keeps and only code that is recorded now had a use for."""
+
     def forget(self) -> None:
         """All recordings were reset: let the pool go."""
 
@@ -90,6 +96,12 @@ class CudaGraphs:
 
     def pool_bytes(self) -> int:
         return self._captures.bytes + (self._pieces.bytes if self._pieces is not None else 0)
+
+    def outgrown(self, recording: Recording) -> bool:
+        return self._pieces is not None and self._pieces.outgrown(recording)
+
+    def settle(self) -> None:
+        torch.cuda.empty_cache()
 
     def forget(self) -> None:
         self._captures.forget()

@@ -98,6 +98,9 @@ class InPieces:
             piece.reset()
         self._pieces, self._arena = (), None
 
+    def lies_in(self, arena: Arena) -> bool:
+        return self._arena is arena
+
 
 class PieceRecorder:
     """Records on ``device`` by ``capture``, in memory that all recordings share, as they run one after another."""
@@ -111,6 +114,10 @@ class PieceRecorder:
     @property
     def bytes(self) -> int:
         return sum(arena.bytes for arena in self._arenas)
+
+    def outgrown(self, recording: Any) -> bool:
+        """Whether ``recording`` keeps memory of its own, since what was recorded later needed more."""
+        return not recording.lies_in(self._arena)
 
     def forget(self) -> None:
         self._arena = Arena(0, self._device)

@@ -122,6 +122,7 @@ class Recordings:
         self._affords = affords
         self._frames: OrderedDict[Hashable, _Frame] = OrderedDict()
         self._mark: Any = None
+        self._made = False
         self._lock = threading.RLock()
 
     @property
@@ -138,7 +139,11 @@ class Recordings:
 
     def begin(self) -> None:
         """A call of the model begins: what the device did before says nothing of it."""
-        self._mark = None
+        with self._lock:
+            self._mark = None
+            if self._made:
+                self._made = False
+                self._recorder.settle()
 
     def run(
         self,
@@ -205,6 +210,9 @@ class Recordings:
             block.calls += 1
         if block.moves > _MOVES:
             return Replayed(why_not=MOVED)
+        if block.recording is not None and self._recorder.outgrown(block.recording):
+            block.recording.reset()
+            block.recording = None
         if block.recording is None:
             if block.calls < _CALLS_BEFORE or not (always or self._waits(frame)):
                 return Replayed()
@@ -283,6 +291,7 @@ class Recordings:
                     place.copy_(output)
 
         recording = self._recorder.record(launch, weights)
+        self._made = True
         recording.replay()
         block.recording = recording
         self._mark = None

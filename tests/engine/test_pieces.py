@@ -200,6 +200,27 @@ def test_inductors_code_takes_no_memory(loaded, monkeypatch, tmp_path):
     assert recorder.bytes < 10_000
 
 
+def test_what_needs_more_memory_outgrows_what_needed_less(monkeypatch):
+    monkeypatch.setattr(pieces, "_Call", lambda *told: Logged([]))
+    recorder = PieceRecorder(CPU, Runs())
+    w = torch.randn(16, 48)
+
+    def record(rows):
+        x, out = torch.randn(rows, 16), torch.empty(rows, 16)
+        return recorder.record(lambda weights: out.copy_(attend(x, weights["w"])), {"w": w})
+
+    first, second = record(10), record(10)
+    alone = recorder.bytes
+    large = record(70)
+    assert [recorder.outgrown(each) for each in (first, second, large)] == [True, True, False]
+    both = recorder.bytes
+    first.reset()
+    again = record(10)
+    assert not recorder.outgrown(again) and recorder.bytes == both
+    second.reset()
+    assert recorder.bytes == both - alone, "all share what the largest needs"
+
+
 def test_inductors_code_takes_memory_as_ever_in_other_threads_and_after():
     from threading import Thread
 

@@ -319,6 +319,21 @@ def test_memory_is_asked_for_before_and_guards_hold_for_inputs_that_stay(recorde
     assert set(reasons) == {OTHER_KIND} and recorder.recorded == 0
 
 
+def test_what_a_larger_recording_outgrew_is_made_anew_once_and_then_all_share(recordings, recorder):
+    graph, blocks = Graph(), [Block(seed) for seed in range(3)]
+
+    def four_calls():
+        for call in range(4):
+            got = step(recordings, graph, blocks, make_inputs(call))
+            assert torch.equal(got, plain(graph, blocks, make_inputs(call)))
+
+    four_calls()
+    assert (recorder.recorded, recorder.alive, recorder.settled) == (3, 3, 1), "settled once, when all is recorded"
+    recorder.grow()
+    four_calls()
+    assert (recorder.recorded, recorder.alive, recorder.settled) == (6, 3, 2)
+
+
 def test_what_is_unsafe_is_not_recorded(recordings, recorder):
     graph, block = Graph(), Block(0)
     for _ in range(3):
