@@ -39,7 +39,7 @@ BYPASSED = ("lora", "loha", "lokr", "lokr_full")
 EXACT_FORMATS, ROUNDING_FORMATS = ("int8_weight_only",), ("int8_dynamic",)
 MASKS = ("float32 2", "float32 3", "float32 4", "bool 3", "float16 3", "float64 3")
 # Graphs that come with the same few settings, as each pair of a backend and a kind of sizes compiles all again.
-PHASE = 200
+PHASE = 1000
 
 
 @dataclass(frozen=True)
