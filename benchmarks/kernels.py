@@ -111,7 +111,7 @@ def microseconds(work: Callable[[], Any]) -> float:
 
 
 def recorded(work: Callable[[], Any]) -> Callable[[], Any]:
-    """``work`` as a CUDA graph."""
+    """``work`` as a CUDA graph, which holds the addresses of what ``work`` holds."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -121,7 +121,11 @@ def recorded(work: Callable[[], Any]) -> Callable[[], Any]:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         work()
-    return graph.replay
+
+    def replay(work: Callable[[], Any] = work) -> None:
+        graph.replay()
+
+    return replay
 
 
 def compiled(function: Callable[..., Any], *dynamic: tuple[Tensor, int]) -> Callable[..., Any]:
