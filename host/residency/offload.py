@@ -164,6 +164,8 @@ class LeavesOut(ModelPatcher):
             if not hasattr(layer, "prev_comfy_cast_weights"):
                 # Unloaded from where they are, as the host leaves what did not fit.
                 layer.comfy_patched_weights = True
+                # It appends to lists that its load has made; until then they are the class's, of all its layers.
+                layer.weight_function, layer.bias_function = [], []
                 self.model.model_loaded_weight_memory += comfy.model_management.module_size(layer)
         self._unload_left_out()
         for path, layer in layers.items():

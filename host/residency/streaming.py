@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -206,6 +206,7 @@ class StreamedBlocks:
         self.bytes_copied = 0
         self.calls = 0
         self.on_device: tuple[int, int] | None = None
+        self.in_full = 0
         self.after_step: Callable[[ModelPatcher], None] = lambda patcher: None
         self._ahead = ahead
         self._no_room = False
@@ -216,7 +217,7 @@ class StreamedBlocks:
         """A sampling run begins."""
         self.not_streamed.clear()
         self._no_room = False
-        self.bytes_copied = self.calls = 0
+        self.bytes_copied = self.calls = self.in_full = 0
         self.text.again()
         self.stop(patcher)
 
@@ -235,7 +236,7 @@ class StreamedBlocks:
             if why_not:
                 self.tell(why_not)
             elif self.residency is not None and self.residency.streamed:
-                run = self._run(call.model, self.residency, call.x.device)
+                run = self._run(patcher, self.residency, call.x.device)
             if run is not None:
                 stack.enter_context(run.arriving(changing=bool(patcher.hook_patches)))
             before = 0 if run is None else run.stream.bytes_copied
@@ -264,6 +265,8 @@ class StreamedBlocks:
             )
         elif done is not None:
             parts.append(f"all {done.blocks} blocks resident")
+        if done is not None and self.in_full:
+            parts.append(f"a LoRA is added to the quantized weights of {self.in_full} of them without rounding it")
         return "; ".join(parts + [f"not streamed: {reason}" for reason in sorted(self.not_streamed)])
 
     def tell(self, reason: str) -> None:
@@ -277,8 +280,9 @@ class StreamedBlocks:
         if run is not None:
             run.stream.drain()
 
-    def _run(self, model: BaseModel, residency: Residency, device: torch.device) -> _Run | None:
-        """The run of ``model``; None where there is no memory for its slots."""
+    def _run(self, patcher: ModelPatcher, residency: Residency, device: torch.device) -> _Run | None:
+        """The run of the model of ``patcher``; None where there is no memory for its slots."""
+        model = patcher.model
         run = self._runs.get(model)
         if run is None or run.residency is not residency or run.device != device:
             self._end(model)
@@ -286,6 +290,7 @@ class StreamedBlocks:
                 return None
             try:
                 run = self._runs[model] = _Run(model, residency, device, self.prefetch_blocks, self._ahead)
+                self.in_full = run.with_quantized(patcher.patches)
             except torch.OutOfMemoryError:
                 self._no_room = True
                 self.tell("the GPU has no memory left for blocks that arrive ahead; set prefetch_blocks to 0")
@@ -307,12 +312,24 @@ class _Run:
         blocks = dict(named_blocks(model.diffusion_model))
         layers = streamable_layers(model.diffusion_model, ahead)
         self._blocks = [blocks[path] for path in residency.streamed]
-        self._layers = [list(layers[path].values()) for path in residency.streamed]
+        self._named = [layers[path] for path in residency.streamed]
+        self._layers = [list(each.values()) for each in self._named]
         size = max(_pieces(layers)[1] for layers in self._layers)
         self._views: dict[tuple[int, int], list[tuple[_Piece, nn.Parameter]]] = {}
         order = range(len(self._blocks))
         sources = partial(_sources, pinned_copies(model), residency.streamed, self._layers, size)
         self.stream = Stream(copy_engine(device), device, size, order, prefetch_blocks, sources)
+
+    def with_quantized(self, patches: Mapping[str, Any]) -> int:
+        """How many of the blocks have quantized weights that are in ``patches``. The host rounds such a weight anew
+        where it loads it, and not where it is used."""
+        return sum(
+            any(
+                isinstance(layer.weight, QuantizedTensor) and f"diffusion_model.{path}.weight" in patches
+                for path, layer in layers.items()
+            )
+            for layers in self._named
+        )
 
     @contextmanager
     def arriving(self, changing: bool) -> Iterator[None]:

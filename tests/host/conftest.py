@@ -26,6 +26,7 @@ pytest.register_assert_rewrite("sampling")
 import sampling  # noqa: E402
 import sweeps  # noqa: E402
 import torch  # noqa: E402
+from comfy.ops import CastWeightBiasOp  # noqa: E402
 from hotpath_pack.devtools import checkpoints  # noqa: E402
 from hotpath_pack.host.compiling import compile as host_compile  # noqa: E402
 from hotpath_pack.hotpath.region_store import RegionStore  # noqa: E402
@@ -58,6 +59,13 @@ def regions(monkeypatch):
     store = RegionStore(capacity=64)
     monkeypatch.setattr(host_compile, "REGIONS", store)
     return store
+
+
+@pytest.fixture(autouse=True)
+def functions_of_one_layer_are_of_no_other():
+    """Layers that the host has not loaded yet share the lists of their class."""
+    yield
+    assert CastWeightBiasOp.weight_function == CastWeightBiasOp.bias_function == []
 
 
 @pytest.fixture

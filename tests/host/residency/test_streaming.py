@@ -114,6 +114,16 @@ def test_loras_and_their_strength(flux, flux_weights):
     assert_streams(flux, lean)
 
 
+@pytest.mark.parametrize("budget", ["auto", "40 %", "0 %"])
+@pytest.mark.parametrize("modulation", ["ahead", "in place"])
+def test_the_first_prompt_of_all_has_a_lora(flux, flux_weights, modulation, budget):
+    """On a MODEL that the host has not loaded before."""
+    weights = checkpoints.lora(flux_weights)
+    got = sample(with_lora(offloaded(flux, modulation=modulation, budget=budget), weights, 1.0))
+    other = load({name: weight.clone() for name, weight in flux_weights.items()})
+    assert torch.equal(got, sample(with_lora(other, weights, 1.0)))
+
+
 def test_loras_that_change_while_sampling(flux, flux_weights):
     lean = offloaded(flux, budget="0 %")
     for keyframes in ((), ((0.0, 0.2), (0.5, 1.0))):
@@ -141,6 +151,10 @@ def test_quantized_weights_move_as_they_are_kept(flux, flux_weights, lora):
         # On arrival it goes to the weight in full precision; the host quantizes what it keeps on the device anew.
         want, got = sample(with_lora(small, weights, 0.5), **SMALL), sample(with_lora(lean, weights, 0.5), **SMALL)
         assert (want - got).norm() / want.norm() < 0.05
+        said = "a LoRA is added to the quantized weights of 5 of them without rounding it"
+        assert streamed_of(lean).summary().endswith(said)
+        sample(lean, **SMALL)
+        assert said not in streamed_of(lean).summary()
         return
     assert_streams(small, lean, least=5, **SMALL)
     assert streamed_of(lean).bytes_copied < 0.4 * streamed_of(plain).bytes_copied
