@@ -189,14 +189,31 @@ def graphs() -> str:
         "fp8 without": "Quantize (`fp8_e4m3_rowwise`), Compile, `off`",
         "fp8 auto": "Quantize (`fp8_e4m3_rowwise`), Compile, `auto`",
     }
-    rows = []
+    sizes, rows = (256, 512, 1024), []
     for shape, shown in {"klein": "Flux.2 Klein's", "dev": "Flux.1-dev's"}.items():
-        ways = {way["name"]: way for way in read("graphs_h200")["ways"] if way["shape"] == shape}
-        for name, way in ways.items():
-            gain = f"{ways['eager']['step'] / way['step']:.2f}"
-            kept = f"{1024 * way['kept']:.0f} MiB" if way["kept"] else ""
-            rows.append([shown, names[name], f"{way['step']:.1f} ms", f"{way['kernels']:.1f} ms", gain, kept])
-    return markdown(["Shape, 512x512", "", "Step", "Of it kernels", "Times as fast", "Memory for graphs"], rows)
+        ways = {(way["name"], way["size"]): way for way in read("graphs_h200")["ways"] if way["shape"] == shape}
+        for name, told in names.items():
+            cells = []
+            for size in sizes:
+                way, eager = ways.get((name, size)), ways.get(("eager", size))
+                cells.append(f"{way['step']:.1f} ms ({eager['step'] / way['step']:.2f}x)" if way and eager else "")
+            rows.append([shown, told, *cells])
+    return markdown(["Shape", "A step", *(f"{size}x{size}" for size in sizes)], rows)
+
+
+def int8() -> str:
+    """8-bit products of Flux.1-dev's blocks at 1024x1024."""
+    rows: dict[str, dict[str, float]] = {}
+    for row in read("int8_h200")["rows"]:
+        size, _, way = row["name"].partition(": ")
+        rows.setdefault(size, {})[way] = row["us"]
+    ways = {
+        "bf16": "bf16",
+        "int32, then scales": "int8, scaled after",
+        "kernel, (128, 128, 128, 8, 8, 3)": "int8, one kernel",
+    }
+    table = [[size, *(f"{each[way]:.0f} us" for way in ways)] for size, each in rows.items()]
+    return markdown(["Tokens, in, out", *ways.values()], table)
 
 
 def memory() -> str:
@@ -270,6 +287,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "cards": cards,
     "streamed": streamed,
     "graphs": graphs,
+    "int8": int8,
     "memory": memory,
     "budgets": budgets,
     "quality": quality,

@@ -14,7 +14,7 @@ from torch.library import triton_op, wrap_triton
 
 # Rows, columns and depth of a program's tile, tiles in a group that share columns, warps and stages.
 # `python -m benchmarks.kernels --parts int8` has others beside them.
-SHAPE = (128, 256, 128, 8, 8, 3)
+SHAPE = (128, 128, 128, 8, 8, 3)
 
 
 @triton.jit
