@@ -37,7 +37,7 @@ from .starting import start_workers
 from .stats import NO_COST, Cost, RegionStats
 from .toolchain import named_user
 from .turns import Turn
-from .values import Copies, device_of, mark_dynamic, tensors_in, varying_dims
+from .values import Copies, bound_sizes, device_of, mark_dynamic, tensors_in, varying_dims
 
 log = logging.getLogger(__name__)
 _NUMBERS = itertools.count()
@@ -69,11 +69,13 @@ class Region:
         self.streams = streams
         self.stats = RegionStats()
         self.compiled = False
-        places = places_in(template)
+        places, any_batch = places_in(template), settings.dynamic == "always"
 
         def region(weights: dict[str, Tensor], inputs: dict[str, Any]) -> Any:
             if not torch.compiler.is_compiling():
                 raise Uncompiled
+            if any_batch:
+                bound_sizes(inputs)
             return call_placed(template, places, weights, bind(inputs))
 
         self._region: Any = region
@@ -83,7 +85,7 @@ class Region:
         self._limit = settings.graph_limit(streams)
         self._kept = kept
         self._turn = Turn(self.kept.path if self.kept else None)
-        self._closure = {"template": template, "bind": bind, "places": places}
+        self._closure = {"template": template, "bind": bind, "places": places, "any_batch": any_batch}
         self._graphs: list[Graph] = []
         self._guard_failure = ""
         self._varying = varying_dims(template)

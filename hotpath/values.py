@@ -9,6 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+# No tensor has so many elements.
+_LARGEST = 2**48
+
 
 def plain_tensor(value: Tensor) -> Tensor:
     """``value``'s memory as a tensor that is no Parameter and of the kind made now, in or out of inference mode.
@@ -98,6 +101,15 @@ def mark_dynamic(
             # A mask or an embedding that all images share stays one, and a count that travels as a size is no batch.
             if tensor.ndim and tensor.shape[0] == batch:
                 torch._dynamo.maybe_mark_dynamic(tensor, 0)
+
+
+def bound_sizes(inputs: Mapping[str, Any]) -> None:
+    """Tell a trace that sizes of ``inputs`` are below the number that stands for the end of a slice without one, which
+    Inductor can't see of a size that may be anything."""
+    for tensor in inputs.values():
+        if isinstance(tensor, Tensor):
+            for size in tensor.shape:
+                torch._check(size < _LARGEST)
 
 
 class Copies:

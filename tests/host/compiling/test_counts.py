@@ -71,6 +71,15 @@ def test_never_dynamic_compiles_each_size_and_always_matches_eager(flux, regions
     assert_parity(flux, compiled(flux, dynamic="always"), batch=2)
 
 
+def test_always_is_two_graphs_for_all_batches_of_two_and_more_in_the_default_backend(flux, flux_weights):
+    weights = checkpoints.lora(flux_weights)
+    with Counting() as counting:
+        for batch, run in ((2, SIZES[0]), (3, TEXTS[0])):
+            for model in (flux, with_lora(flux, weights, 0.5)):
+                assert_parity(model, compiled(model, dynamic="always", backend="inductor"), batch=batch, **run)
+    assert (counting.graphs, counting.breaks) == (2, 0)
+
+
 def test_a_second_model_of_the_same_structure_compiles_nothing(flux, flux_weights):
     sample(compiled(flux))
     other = load({name: weight * 0.9 for name, weight in flux_weights.items()})
