@@ -24,6 +24,7 @@ from torch import Tensor
 
 from ..host.compiling import compile as host_compile
 from ..host.compiling.compile import compile_repeated_blocks, compiled_blocks
+from ..host.families import named_blocks
 from ..host.quantizing.quantize import quantize_repeated_blocks
 from ..host.residency.offload import OffloadSettings, offload_repeated_blocks
 from ..host.telling.progress import NodeText
@@ -31,7 +32,8 @@ from ..hotpath.counters import graphs_so_far
 from ..hotpath.region_store import RegionStore
 from ..hotpath.settings import CompileSettings
 from .adapters import adapter
-from .graphs import MODELS, ROUNDING_FORMATS, Graph, features, plainer, random_graph
+from .family_models import build
+from .graphs import FAMILIES, MODELS, ROUNDING_FORMATS, Graph, features, plainer, random_graph
 from .patches import PATCHES
 from .sampling import load, sample
 
@@ -243,9 +245,11 @@ class _World:
                 cfg=graph.cfg,
                 sampler=graph.sampler,
                 scheduler=graph.scheduler,
+                frames=graph.frames,
                 **cond,
             )
-            self._blocks = compiled_blocks(model) if fast else None
+            if fast:
+                self._blocks = compiled_blocks(model)
             return latent, None
         except Exception as error:
             # Whatever it is, the other side must give the same.
@@ -255,7 +259,8 @@ class _World:
         weights, model = self._model(graph.model)
         cond = _conditioning(graph, model)
         hooks = []
-        files = [adapter(weights, each.kind, rank=each.rank, seed=each.seed) for each in graph.adapters]
+        layers = [name.removesuffix(".weight") for name in weights] if graph.model in FAMILIES else None
+        files = [adapter(weights, each.kind, layers, rank=each.rank, seed=each.seed) for each in graph.adapters]
         for each, file in zip(graph.adapters, files, strict=True):
             if each.how == "weights":
                 model, _ = comfy.sd.load_lora_for_models(model, None, file, each.strength, 0)
@@ -282,6 +287,16 @@ class _World:
         return _patched(model, graph.patches_after), cond
 
     def _model(self, name: str) -> tuple[dict[str, Tensor], Any]:
+        if name in FAMILIES and name not in self._models:
+            # Its text is as wide as the host has it for some.
+            model = build(name, FAMILIES[name], 2, 3584 if name == "longcat" else 64)
+            layers = {
+                f"{path}.{inner}.weight": layer.weight
+                for path, block in named_blocks(model.model.diffusion_model)
+                for inner, layer in block.named_modules()
+                if hasattr(layer, "out_features")
+            }
+            self._models[name] = layers, model
         if name not in self._models:
             weights = MODELS[name]()
             self._models[name] = weights, load({key: weight.clone() for key, weight in weights.items()})

@@ -21,6 +21,21 @@ MODELS: dict[str, Callable[[], dict[str, Tensor]]] = {
     "flux2": lambda: flux2(2, 3, hidden=128),
     "klein": lambda: flux2(2, 3, hidden=128, guidance=False, seed=3),
 }
+# Of other families, with as many heads as a tiny model has; of videos there may be frames.
+FAMILIES = {
+    "qwen_image": 1,
+    "z_image": 2,
+    "lumina2": 3,
+    "krea2": 2,
+    "wan_t2v": 1,
+    "wan_i2v": 1,
+    "hunyuan_video": 1,
+    "longcat": 1,
+    "chroma_radiance": 1,
+}
+VIDEOS = ("wan_t2v", "wan_i2v", "hunyuan_video")
+# Patches that are not of Flux alone.
+ANYWHERE = ("attention_override",)
 SAMPLERS = (
     "euler",
     "euler_ancestral",
@@ -66,6 +81,7 @@ class Graph:
     batch: int = 1
     tokens: int = 16
     steps: int = 1
+    frames: int = 1
     sampler: str = "euler"
     scheduler: str = "simple"
     cfg: float = 1.0
@@ -117,6 +133,15 @@ def random_graph(seed: int, number: int) -> Graph:
         double_blocks=perhaps(0.1, ("0", "none"), "all"),
         single_blocks=perhaps(0.1, ("1-2", "0"), "all"),
     )
+    if graph.model in FAMILIES:
+        anywhere = {
+            name: tuple(patch for patch in getattr(graph, name) if patch[0] in ANYWHERE)
+            for name in ("patches", "patches_after")
+        }
+        frames = choose.choice((1, 2, 3)) if graph.model in VIDEOS else 1
+        # The host pads no video of Hunyuan's to whole patches.
+        sizes = {name: -(-getattr(graph, name) // 16) * 16 for name in ("width", "height")}
+        return replace(graph, **anywhere, **sizes, frames=frames, double_blocks="all", single_blocks="all")
     if choose.random() < 0.2:
         graph = replace(graph, mask=choose.choice(MASKS))
     elif choose.random() < 0.2:
@@ -130,7 +155,10 @@ class _Few:
 
     def __init__(self, choose: random.Random) -> None:
         self.models = choose.choice(
-            (("flux1", "same_structure"), ("flux1", "wider"), ("flux2", "klein"), ("fill", "flux1"))
+            (
+                *(("flux1", "same_structure"), ("flux1", "wider"), ("flux2", "klein"), ("fill", "flux1")) * 3,
+                *((name,) for name in FAMILIES),
+            )
         )
         self.backend = choose.choice(("eager",) * 5 + ("aot_eager",) * 3 + ("inductor",))
         self.dynamic = choose.choice(("auto", "auto", "always"))
@@ -161,7 +189,7 @@ def _patches(choose: random.Random, counts: Sequence[int]) -> tuple[tuple[str, f
 def plainer(graph: Graph) -> Iterator[Callable[[Graph], Graph]]:
     """Changes that each make a graph plainer, the large ones first."""
     defaults = {item.name: item.default for item in fields(Graph)}
-    shape = ("width", "height", "batch", "tokens", "steps", "sampler", "scheduler", "cfg", "seed")
+    shape = ("width", "height", "batch", "tokens", "steps", "frames", "sampler", "scheduler", "cfg", "seed")
     nodes = ("offload", "quantize", "backend", "dynamic", "double_blocks", "single_blocks")
     rest = [
         ("mask",),

@@ -10,6 +10,9 @@ import comfy.sd
 import torch
 from torch import Tensor
 
+from ..host.families import family_of
+from ..host.measuring.synthetic import latent_shape
+
 
 def load(state_dict: Mapping[str, Tensor], **options: Any) -> Any:
     """A MODEL through the host's loader."""
@@ -31,6 +34,7 @@ def sample(
     sampler: str = "euler",
     scheduler: str = "simple",
     condition: Callable[[Any], Any] | None = None,
+    frames: int = 1,
     **cond: Any,
 ) -> Tensor:
     """Latent of a short run; sizes in pixels, ``tokens`` of text, ``cond`` on the positive side alone.
@@ -39,14 +43,15 @@ def sample(
     """
     generator = torch.Generator().manual_seed(seed)
     diffusion = model.model.diffusion_model
-    latent_format = model.model.latent_format
-    scale = getattr(latent_format, "spacial_downscale_ratio", 8)
-    shape = (batch, latent_format.latent_channels, height // scale, width // scale)
+    shape = latent_shape(model, width, height, batch, frames)
     noise = torch.randn(shape, generator=generator)
-    text = torch.randn(1, tokens, diffusion.params.context_in_dim, generator=generator)
-    options: dict[str, Any] = {"guidance": guidance}
-    if getattr(diffusion.params, "vec_in_dim", None):
-        options["pooled_output"] = torch.randn(1, diffusion.params.vec_in_dim, generator=generator)
+    family: Any = family_of(diffusion)
+    text, options = family.conditioning(diffusion, tokens)
+    text = torch.randn(text.shape, generator=generator)
+    if "guidance" in options:
+        options["guidance"] = guidance
+    if "pooled_output" in options:
+        options["pooled_output"] = torch.randn(options["pooled_output"].shape, generator=generator)
     positive, negative = [[text, {**options, **cond}]], [[text * 0.5, options]]
     if condition is not None:
         positive = condition(positive)

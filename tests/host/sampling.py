@@ -2,12 +2,10 @@
 
 from dataclasses import replace
 
-import comfy.sample
 import torch
 from hotpath_pack.devtools.sampling import load as load
+from hotpath_pack.devtools.sampling import sample as sample
 from hotpath_pack.host.compiling.compile import compile_repeated_blocks
-from hotpath_pack.host.families import family_of
-from hotpath_pack.host.measuring.synthetic import latent_shape
 from hotpath_pack.host.quantizing.formats import node_formats
 from hotpath_pack.host.quantizing.quantize import quantize_repeated_blocks
 from hotpath_pack.host.residency.offload import KEY, OffloadSettings, offload_repeated_blocks
@@ -65,55 +63,6 @@ def ahead_of(model):
 def streamed_of(model):
     """What streams the blocks of a MODEL."""
     return model.get_wrappers("apply_model", KEY)[0]
-
-
-def sample(
-    model,
-    width=64,
-    height=64,
-    tokens=16,
-    batch=1,
-    steps=2,
-    seed=0,
-    guidance=3.5,
-    cfg=1.0,
-    sampler="euler",
-    scheduler="simple",
-    condition=None,
-    frames=1,
-    **cond,
-):
-    """Latent of a short run; sizes in pixels, ``tokens`` of text, ``cond`` on the positive side alone.
-
-    ``condition`` changes the positive conditioning, as a node would.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    diffusion = model.model.diffusion_model
-    shape = latent_shape(model, width, height, batch, frames)
-    noise = torch.randn(shape, generator=generator)
-    text, options = family_of(diffusion).conditioning(diffusion, tokens)
-    text = torch.randn(text.shape, generator=generator)
-    if "guidance" in options:
-        options["guidance"] = guidance
-    if "pooled_output" in options:
-        options["pooled_output"] = torch.randn(options["pooled_output"].shape, generator=generator)
-    positive, negative = [[text, {**options, **cond}]], [[text * 0.5, options]]
-    if condition is not None:
-        positive = condition(positive)
-    with torch.inference_mode():
-        return comfy.sample.sample(
-            model,
-            noise,
-            steps,
-            cfg,
-            sampler,
-            scheduler,
-            positive,
-            negative,
-            torch.zeros(shape),
-            seed=seed,
-            disable_pbar=True,
-        )
 
 
 def assert_two_graphs(model, **run):
