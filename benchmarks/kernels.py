@@ -375,7 +375,7 @@ def int8(row: Any, text: int, image: int, fa3: Path | None) -> None:
 
             def direct(given: Any = given, shape: Any = shape) -> Tensor:
                 triton_int8.launch(triton_int8.int8_product_kernel, *given, shape)
-                return given[-1]  # type: ignore[no-any-return]
+                return given[-1]
 
             row(f"{name}: kernel, {shape}", direct, want)
 

@@ -134,14 +134,17 @@ def random_graph(seed: int, number: int) -> Graph:
         single_blocks=perhaps(0.1, ("1-2", "0"), "all"),
     )
     if graph.model in FAMILIES:
-        anywhere = {
-            name: tuple(patch for patch in getattr(graph, name) if patch[0] in ANYWHERE)
-            for name in ("patches", "patches_after")
-        }
-        frames = choose.choice((1, 2, 3)) if graph.model in VIDEOS else 1
-        # The host pads no video of Hunyuan's to whole patches.
-        sizes = {name: -(-getattr(graph, name) // 16) * 16 for name in ("width", "height")}
-        return replace(graph, **anywhere, **sizes, frames=frames, double_blocks="all", single_blocks="all")
+        return replace(
+            graph,
+            # The host pads no video of Hunyuan's to whole patches.
+            width=-(-graph.width // 16) * 16,
+            height=-(-graph.height // 16) * 16,
+            frames=choose.choice((1, 2, 3)) if graph.model in VIDEOS else 1,
+            patches=tuple(patch for patch in graph.patches if patch[0] in ANYWHERE),
+            patches_after=tuple(patch for patch in graph.patches_after if patch[0] in ANYWHERE),
+            double_blocks="all",
+            single_blocks="all",
+        )
     if choose.random() < 0.2:
         graph = replace(graph, mask=choose.choice(MASKS))
     elif choose.random() < 0.2:

@@ -37,7 +37,7 @@ from .starting import start_workers
 from .stats import NO_COST, Cost, RegionStats
 from .toolchain import named_user
 from .turns import Turn
-from .values import Copies, bound_sizes, device_of, mark_dynamic, tensors_in, varying_dims
+from .values import Copies, bounded, device_of, mark_dynamic, tensors_in, varying_dims
 
 log = logging.getLogger(__name__)
 _NUMBERS = itertools.count()
@@ -74,9 +74,7 @@ class Region:
         def region(weights: dict[str, Tensor], inputs: dict[str, Any]) -> Any:
             if not torch.compiler.is_compiling():
                 raise Uncompiled
-            if any_batch:
-                bound_sizes(inputs)
-            return call_placed(template, places, weights, bind(inputs))
+            return call_placed(template, places, weights, bind(bounded(inputs) if any_batch else inputs))
 
         self._region: Any = region
         self._dynamic = False if settings.dynamic == "never" else None

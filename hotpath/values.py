@@ -103,13 +103,14 @@ def mark_dynamic(
                 torch._dynamo.maybe_mark_dynamic(tensor, 0)
 
 
-def bound_sizes(inputs: Mapping[str, Any]) -> None:
-    """Tell a trace that sizes of ``inputs`` are below the number that stands for the end of a slice without one, which
-    Inductor can't see of a size that may be anything."""
+def bounded(inputs: dict[str, Any]) -> dict[str, Any]:
+    """``inputs``, of which a trace is told that sizes are below the number that stands for the end of a slice without
+    one: Inductor can't see it of a size that may be anything."""
     for tensor in inputs.values():
         if isinstance(tensor, Tensor):
             for size in tensor.shape:
                 torch._check(size < _LARGEST)
+    return inputs
 
 
 class Copies:

@@ -8,15 +8,7 @@ import pytest
 import torch
 from hotpath_pack.devtools.reruns import Reruns
 from hotpath_pack.hotpath.cuda_graphs import Busy
-from hotpath_pack.hotpath.recorded import (
-    DIFFERS,
-    HELD,
-    MOVED,
-    NO_MEMORY,
-    OTHER_KIND,
-    Recordings,
-    addresses_of,
-)
+from hotpath_pack.hotpath.recorded import DIFFERS, HELD, MOVED, NO_MEMORY, OTHER_KIND, Recordings, addresses_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
