@@ -274,9 +274,7 @@ class _World:
             if each.how == "bypass":
                 model, _ = comfy.sd.load_bypass_lora_for_models(model, None, file, each.strength, 0)
         model = _patched(model, graph.patches)
-        # The host rounds quantized weights with a LoRA anew where it loads them, and not where they are streamed.
-        rounded = graph.quantize and any(each.how == "weights" for each in graph.adapters)
-        if graph.offload and (fast or rounded):
+        if graph.offload and (fast or _streamed_is_another(graph)):
             budget, ahead, modulation, resident = graph.offload
             lean = OffloadSettings(budget, ahead, True, modulation, resident)
             model = offload_repeated_blocks(model, lean, NodeText(None))
@@ -301,6 +299,14 @@ class _World:
             weights = MODELS[name]()
             self._models[name] = weights, load({key: weight.clone() for key, weight in weights.items()})
         return self._models[name]
+
+
+def _streamed_is_another(graph: Graph) -> bool:
+    """Whether ComfyUI itself gives another image where it applies LoRAs to weights that it has not loaded: it rounds
+    quantized ones anew where it loads them, and the one of a hook goes on before those of the MODEL elsewhere."""
+    ways = {each.how for each in graph.adapters}
+    dora = any(each.kind == "dora" for each in graph.adapters)
+    return "weights" in ways and (bool(graph.quantize) or (dora and "hook" in ways))
 
 
 def _patched(model: Any, patches: Sequence[tuple[str, float]]) -> Any:
