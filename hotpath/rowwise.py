@@ -61,8 +61,8 @@ def fp8_product(
 
 
 def has_int8_kernel() -> bool:
-    """Whether ``int8_product`` can be had here, on CUDA devices; makes its operator known to PyTorch."""
-    if not has_triton_package() or not torch.cuda.is_available():
+    """Whether ``int8_product`` can be had here, on NVIDIA cards; makes its operator known to PyTorch."""
+    if not has_triton_package() or not torch.cuda.is_available() or torch.version.hip:
         return False
     if min(map(torch.cuda.get_device_capability, range(torch.cuda.device_count()))) < (8, 0):
         return False

@@ -12,9 +12,11 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import triton_op, wrap_triton
 
-# Rows, columns and depth of a program's tile, tiles in a group that share columns, warps and stages.
-# `python -m benchmarks.kernels --parts int8` has others beside them.
-SHAPE = (128, 128, 128, 8, 8, 3)
+Shape = tuple[int, int, int, int, int, int]
+# Rows, columns and depth of a program's tile, tiles in a group that share columns, warps and stages. The first takes 96
+# KiB of shared memory, as much as an RTX card has in all; `python -m benchmarks.kernels --parts int8` has others.
+SHAPE, SMALLER = (128, 128, 128, 8, 8, 3), (128, 128, 64, 8, 4, 4)
+_ROOM = 2**17
 
 
 @triton.jit
@@ -74,7 +76,7 @@ def launch(
     weight_scale: Tensor,
     bias: Tensor | None,
     out: Tensor,
-    shape: tuple[int, int, int, int, int, int] = SHAPE,
+    shape: Shape,
 ) -> None:
     """Run ``int8_product_kernel`` as ``kernel``; all are contiguous."""
     block_m, block_n, block_k, group, warps, stages = shape
@@ -100,11 +102,18 @@ def launch(
     )
 
 
+def shape_on(device: torch.device) -> Shape:
+    """The quickest that was measured of those that a card has the shared memory for."""
+    has = torch.cuda.get_device_properties(device)
+    return SHAPE if getattr(has, "shared_memory_per_block_optin", 0) >= _ROOM else SMALLER
+
+
 @triton_op("hotpath::int8_scaled_product", mutates_args={})
 def int8_scaled_product(
     rows: Tensor, scales: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, dtype: torch.dtype
 ) -> Tensor:
     """``hotpath.rowwise.int8_product`` of rows on a CUDA device."""
     out = rows.new_empty((rows.shape[0], weight.shape[0]), dtype=dtype)
-    launch(wrap_triton(int8_product_kernel), rows, scales, weight, weight_scale, bias, out)
+    shape = shape_on(rows.device)
+    launch(wrap_triton(int8_product_kernel), rows, scales, weight, weight_scale, bias, out, shape)
     return out

@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from hotpath_pack.hotpath.rowwise import has_int8_kernel
@@ -56,3 +57,16 @@ def test_there_is_none_without_a_device_that_multiplies_so(monkeypatch):
     assert not has_int8_kernel(), "RTX 20 series"
     monkeypatch.setattr("torch.cuda.get_device_capability", lambda index: (8, 6))
     assert has_int8_kernel() == has_triton_package()
+    monkeypatch.setattr("torch.version.hip", "7.2")
+    assert not has_int8_kernel()
+
+
+@pytest.mark.skipif(not has_triton_package(), reason="Triton has no package for this system")
+def test_what_a_program_takes_fits_the_card(monkeypatch):
+    from hotpath_pack.hotpath import triton_int8
+
+    for kib in (64, 99, 163, 227):
+        card = SimpleNamespace(shared_memory_per_block_optin=kib * 1024)
+        monkeypatch.setattr("torch.cuda.get_device_properties", lambda device, card=card: card)
+        rows, columns, depth, _, _, stages = triton_int8.shape_on(None)
+        assert (rows + columns) * depth * stages <= kib * 1024
