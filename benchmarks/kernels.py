@@ -40,7 +40,7 @@ TEXT, IMAGE = 512, 4096
 ROUNDS = 5
 EPS = torch.finfo(torch.float32).eps
 FP8 = torch.float8_e4m3fn
-INT8_SHAPES = ((128, 128, 64, 8, 4, 4), (128, 128, 128, 8, 8, 3), (128, 256, 128, 8, 8, 3), (256, 128, 128, 8, 8, 3))
+INT8_SHAPES = (triton_int8.SMALLER, triton_int8.SHAPE, (128, 256, 128, 8, 8, 3), (256, 128, 128, 8, 8, 3))
 Rows = list[dict[str, Any]]
 
 

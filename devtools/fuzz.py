@@ -24,15 +24,15 @@ from torch import Tensor
 
 from ..host.compiling import compile as host_compile
 from ..host.compiling.compile import compile_repeated_blocks, compiled_blocks
-from ..host.families import named_blocks
 from ..host.quantizing.quantize import quantize_repeated_blocks
 from ..host.residency.offload import OffloadSettings, offload_repeated_blocks
+from ..host.residency.streaming import streamable_layers
 from ..host.telling.progress import NodeText
 from ..hotpath.counters import graphs_so_far
 from ..hotpath.region_store import RegionStore
 from ..hotpath.settings import CompileSettings
 from .adapters import adapter
-from .family_models import build
+from .family_models import tiny
 from .graphs import FAMILIES, MODELS, ROUNDING_FORMATS, Graph, features, plainer, random_graph
 from .patches import PATCHES
 from .sampling import load, sample
@@ -286,14 +286,9 @@ class _World:
 
     def _model(self, name: str) -> tuple[dict[str, Tensor], Any]:
         if name in FAMILIES and name not in self._models:
-            # Its text is as wide as the host has it for some.
-            model = build(name, FAMILIES[name], 2, 3584 if name == "longcat" else 64)
-            layers = {
-                f"{path}.{inner}.weight": layer.weight
-                for path, block in named_blocks(model.model.diffusion_model)
-                for inner, layer in block.named_modules()
-                if hasattr(layer, "out_features")
-            }
+            model = tiny(name)
+            blocks = streamable_layers(model.model.diffusion_model, ahead=False).values()
+            layers = {f"{path}.weight": layer.weight for block in blocks for path, layer in block.items()}
             self._models[name] = layers, model
         if name not in self._models:
             weights = MODELS[name]()

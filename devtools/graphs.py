@@ -21,18 +21,18 @@ MODELS: dict[str, Callable[[], dict[str, Tensor]]] = {
     "flux2": lambda: flux2(2, 3, hidden=128),
     "klein": lambda: flux2(2, 3, hidden=128, guidance=False, seed=3),
 }
-# Of other families, with as many heads as a tiny model has; of videos there may be frames.
-FAMILIES = {
-    "qwen_image": 1,
-    "z_image": 2,
-    "lumina2": 3,
-    "krea2": 2,
-    "wan_t2v": 1,
-    "wan_i2v": 1,
-    "hunyuan_video": 1,
-    "longcat": 1,
-    "chroma_radiance": 1,
-}
+# Of other families; of videos there may be frames.
+FAMILIES = (
+    "qwen_image",
+    "z_image",
+    "lumina2",
+    "krea2",
+    "wan_t2v",
+    "wan_i2v",
+    "hunyuan_video",
+    "longcat",
+    "chroma_radiance",
+)
 VIDEOS = ("wan_t2v", "wan_i2v", "hunyuan_video")
 # Patches that are not of Flux alone.
 ANYWHERE = ("attention_override",)

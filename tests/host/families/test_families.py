@@ -4,6 +4,7 @@ import pytest
 import torch
 from changes import in_low_vram, with_lora
 from hotpath_pack.devtools import family_models
+from hotpath_pack.devtools.family_models import tiny
 from hotpath_pack.devtools.measure import snr
 from hotpath_pack.host.families import FAMILIES, SUPPORTED, family_of, named_blocks
 from hotpath_pack.host.measuring.synthetic import Inputs
@@ -23,11 +24,6 @@ FLUX_LIKE = (
 OTHERS = ("qwen_image", "z_image", "wan_t2v", "wan_i2v", "wan_ti2v_5b", "lumina2", "krea2")
 # Structures of blocks, each of which is a graph.
 GRAPHS = {**dict.fromkeys(FLUX_LIKE, 2), **dict.fromkeys(OTHERS, 1), "z_image": 2, "lumina2": 2}
-
-
-def tiny(name, blocks=2, **options):
-    heads = {"hunyuan_3d": 2, "z_image": 2, "lumina2": 3, "krea2": 2}.get(name, 1)
-    return family_models.build(name, heads, blocks, 3584 if name == "longcat" else 64, **options)
 
 
 class Seen:
