@@ -17,7 +17,8 @@ from ..hotpath.values import extent
 class Reruns:
     """Records on the CPU, as ``CudaGraphs`` does on a CUDA device.
 
-    ``before`` is called with the number of each recording before it is made, and of each replay, and may raise.
+    ``before_recording`` is called with the number of each recording before it is made, and may raise; ``before_replay``
+    and ``after_replay`` with that of each replay.
     ``waits`` is what the device is taken to do whenever it is asked whether it waits. Recordings made before the last
     call of ``grow`` are outgrown.
     """
@@ -26,6 +27,7 @@ class Reruns:
         self.waits = waits
         self.before_recording: Callable[[int], None] = lambda number: None
         self.before_replay: Callable[[int], None] = lambda number: None
+        self.after_replay: Callable[[int], None] = lambda number: None
         self.recorded = 0
         self.replays = 0
         self.alive = 0
@@ -75,10 +77,12 @@ class _Rerun:
 
     def replay(self) -> None:
         assert self._run is not None, "replayed after it was forgotten"
-        self._owner.before_replay(self._owner.replays)
+        number = self._owner.replays
         self._owner.replays += 1
+        self._owner.before_replay(number)
         with torch.inference_mode(self._inference):
             self._run({name: place.tensor() for name, place in self._weights.items()})
+        self._owner.after_replay(number)
 
     def reset(self) -> None:
         if self._run is not None:

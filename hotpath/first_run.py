@@ -1,5 +1,6 @@
 """Code that runs for the first time, which it does while no other thread may compile, and attention that waits for
-other threads. The two together would wait for ever, so what runs first waits for nobody, and runs again after.
+other threads. The two together would wait for ever, so what runs first waits for nobody, and runs again after. So does
+what runs once more than in other threads, as all meet equally often.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from .values import Copies
 class _Current(threading.local):
     def __init__(self) -> None:
         self.waits = False
+        self.alone = False
         self.run: FirstRun | None = None
 
 
@@ -61,7 +63,17 @@ def first_run(inputs: Mapping[str, Any]) -> Iterator[FirstRun]:
         _current.run = before
 
 
+@contextmanager
+def alone() -> Iterator[None]:
+    """A scope in which attention on this thread waits for nobody, since what it gives is only compared."""
+    before, _current.alone = _current.alone, True
+    try:
+        yield
+    finally:
+        _current.alone = before
+
+
 def stands_in() -> bool:
     """Whether attention that runs now on this thread must not wait for others: anything of its shape and dtype does, as
     the block runs again when it has."""
-    return _current.run is not None and _current.run.stand_in()
+    return _current.alone or (_current.run is not None and _current.run.stand_in())

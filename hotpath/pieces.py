@@ -27,6 +27,8 @@ _ALIGNMENT = 512
 _WRITES = {"mm", "addmm", "bmm", "baddbmm", "_scaled_mm", "_int_mm", "_addmm_activation", "copy_", "fill_", "zero_"}
 # Operators that take memory which only they and copies read, so that a CUDA graph may take it.
 _ATTENTION = ("aten::_scaled_dot_product_", "aten::_flash_attention", "aten::_efficient_attention")
+# Operators that write memory which they are given, and that wait for other threads.
+_MEETS = {"hotpath::exchange"}
 _DEPENDS_ON_DATA = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
 
 
@@ -203,6 +205,8 @@ class _Session(TorchDispatchMode):
         if not schema.is_mutable:
             recorded = schema.name.startswith(_ATTENTION)
             return (self._within if recorded else self._between)(func, args, kwargs)
+        if schema.name in _MEETS:
+            return self._met(func, args, kwargs)
         written = all(alias is not None and alias.is_write for alias in aliases)
         if (written and schema.name.removeprefix("aten::") in _WRITES) or torch.Tag.pointwise in func.tags:
             return func(*args, **kwargs)
@@ -218,6 +222,12 @@ class _Session(TorchDispatchMode):
         self._pieces.append(_Call(operator, tree_map(_unowned, args), tree_map(_unowned, kwargs), places))
         self._begin()
         return out
+
+    def _met(self, operator: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+        """It is not run: the other threads may not be here."""
+        self._end()
+        self._pieces.append(_Call(operator, tree_map(_unowned, args), tree_map(_unowned, kwargs), ()))
+        self._begin()
 
     def _within(self, operator: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         made: Any = operator(*args, **kwargs)

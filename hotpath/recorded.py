@@ -17,7 +17,8 @@ import logging
 import threading
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
@@ -25,6 +26,7 @@ import torch
 from torch import Tensor
 
 from .cuda_graphs import Busy, Recorder, Recording
+from .first_run import alone
 from .static import Layout, StaticInputs, flatten, layout, rebuilt
 
 log = logging.getLogger(__name__)
@@ -292,17 +294,13 @@ class Recordings:
 
         recording = self._recorder.record(launch, weights)
         self._made = True
+        if want is not None and not _computes(recording, frame, static, want):
+            log.warning("a block runs without a CUDA graph: %s", DIFFERS)
+            return self._refuse(frame, DIFFERS)
         recording.replay()
         block.recording = recording
         self._mark = None
-        if want is None or all(_same_bits(*pair) for pair in zip(_written(frame, static), want, strict=True)):
-            return Replayed(_outputs(frame, found, groups))
-        for memory, computed in zip(_written(frame, static), want, strict=True):
-            memory.copy_(computed)
-        out = _outputs(frame, found, groups)
-        log.warning("a block runs without a CUDA graph: %s", DIFFERS)
-        self._refuse(frame, DIFFERS)
-        return Replayed(out, DIFFERS)
+        return Replayed(_outputs(frame, found, groups))
 
     @staticmethod
     def _refuse(frame: _Frame, why_not: str) -> Replayed:
@@ -314,8 +312,7 @@ class Recordings:
 def _computed(frame: _Frame, static: StaticInputs, weights: dict[str, Tensor]) -> list[Tensor]:
     """Run a block on the static inputs, which are afterwards as before: what it left in ``_written``, of which it finds
     out where the outputs are."""
-    before = [memory.clone() for memory in static.memory]
-    try:
+    with _as_before(static) as before:
         made = frame.graph(weights, static.nest)
         outputs, _ = flatten(made)
         places = [static.place_of(output) for output in outputs]
@@ -327,6 +324,22 @@ def _computed(frame: _Frame, static: StaticInputs, weights: dict[str, Tensor]) -
         changed = [not _same_bits(*pair) for pair in zip(static.memory, before, strict=True)]
         frame.written = {group for group, differs in enumerate(changed) if differs}
         return [memory.clone() for memory in (*static.memory, *new)]
+
+
+def _computes(recording: Recording, frame: _Frame, static: StaticInputs, want: list[Tensor]) -> bool:
+    """Whether ``recording`` leaves the bits of ``want`` in ``_written``; the static inputs are afterwards as before."""
+    with _as_before(static):
+        recording.replay()
+        return all(_same_bits(*pair) for pair in zip(_written(frame, static), want, strict=True))
+
+
+@contextmanager
+def _as_before(static: StaticInputs) -> Iterator[list[Tensor]]:
+    """A scope of a run that is only compared, after which the static inputs, which it gives, are put back."""
+    before = [memory.clone() for memory in static.memory]
+    try:
+        with alone():
+            yield before
     finally:
         for memory, bits in zip(static.memory, before, strict=True):
             memory.copy_(bits)

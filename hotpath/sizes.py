@@ -11,11 +11,11 @@ from torch import Tensor
 
 
 def as_size(count: int | None, like: Tensor, dynamic: bool) -> Tensor | int | None:
-    """A tensor of shape (count,) and one element of memory on ``like``'s device. 0 and 1 stay integers, as Dynamo
+    """A tensor of shape (count, 0), without memory, on ``like``'s device. 0 and 1 stay integers, as Dynamo
     never makes a size of 0 or 1 symbolic, and so does what is no count: None for up to the end."""
     if count is None or count < 2:
         return count
-    size = like.new_empty(()).expand(count)
+    size = like.new_empty((count, 0))
     if dynamic:
         torch._dynamo.maybe_mark_dynamic(size, 0)
     return size

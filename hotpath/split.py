@@ -1,10 +1,10 @@
 """One forward over a sequence of tokens, shared out over several devices of this process.
 
 Each device has the weights and computes its share of each stream of tokens, all at the same time, each from a thread of
-its own. All but attention is by token; at attention each device gives its keys and values and gets the others', so
-that each of its tokens sees the whole sequence (sequence parallelism with gathered keys and values, as in Megatron's
-context parallelism). What moves is two tensors (batch, heads, tokens of the share, head dim) a block to each other
-device. Between blocks nothing is gathered.
+its own. All but attention is by token; at attention each device gives its keys and values and gets the others'
+(``exchange.py``), so that each of its tokens sees the whole sequence (sequence parallelism with gathered keys and
+values, as in Megatron's context parallelism). What moves is two tensors (batch, heads, tokens of the share, head dim) a
+block to each other device. Between blocks nothing is gathered.
 
 Copies between CUDA devices are peer copies on streams of their own. NCCL would want a process or a communicator a
 device, and gains nothing on what two to eight cards of one host give each other once a block.
@@ -13,7 +13,6 @@ device, and gains nothing on what two to eight cards of one host give each other
 from __future__ import annotations
 
 import itertools
-import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
@@ -22,7 +21,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .first_run import waiting_for_others
+from .exchange import Abandoned, Exchange, exchanging
 
 # A dimension of one is a structure of its own to a compiler, and none is no part of a sequence.
 FEWEST_TOKENS = 2
@@ -30,10 +29,6 @@ FEWEST_TOKENS = 2
 
 class NotShared(ValueError):
     """What can't be shared out over devices, with why."""
-
-
-class Abandoned(RuntimeError):
-    """Another device ended before it gave what this one waits for."""
 
 
 class DeviceFailed(RuntimeError):
@@ -64,8 +59,7 @@ def places_of(streams: Sequence[Sequence[slice]]) -> list[list[slice]]:
         streams: of each stream, in the order in which they are in the sequence, its ``shares``.
 
     Returns:
-        For each device its ranges of the sequence, one a stream. In this order, one device after the other, are the
-        keys and values that ``Exchange.gather`` gives.
+        For each device its ranges of the sequence, one a stream.
     """
     found: list[list[slice]] = [[] for _ in streams[0]]
     offset = 0
@@ -78,13 +72,14 @@ def places_of(streams: Sequence[Sequence[slice]]) -> list[list[slice]]:
 
 def share_of_mask(mask: Tensor, places: Sequence[Sequence[slice]], place: int) -> Tensor:
     """The rows of ``mask`` (..., query tokens, key tokens) for the queries of one device, its columns in the order in
-    which that device gets the keys. A dimension of 1, which is the same for all tokens, stays.
+    which that device has the keys: its own first. A dimension of 1, which is the same for all tokens, stays.
 
     Raises:
         NotShared: the mask is of another number of tokens.
     """
     total = places[-1][-1].stop
-    for dim, ranges in ((-2, places[place]), (-1, [each for others in places for each in others])):
+    others = [*places[:place], *places[place + 1 :]]
+    for dim, ranges in ((-2, places[place]), (-1, [*places[place], *itertools.chain(*others)])):
         if mask.ndim < 2 or mask.shape[dim] not in (1, total):
             raise NotShared(f"a mask of {tuple(mask.shape)} is not one of {total} tokens")
         if mask.shape[dim] == total:
@@ -138,44 +133,6 @@ class PeerCopies:
         return self._streams[device]
 
 
-class Exchange:
-    """Where the devices of one forward meet, which all gather equally often. Nobody waits for one that has left."""
-
-    def __init__(self, copies: Sequence[PeerCopies]) -> None:
-        self._copies = copies
-        self._turns = [0] * len(copies)
-        self._given: dict[int, dict[int, Given]] = {}
-        self._left: set[int] = set()
-        self._changed = threading.Condition()
-
-    def gather(self, place: int, tensors: Sequence[Tensor]) -> list[tuple[Tensor, ...]]:
-        """Give ``tensors`` of the device at ``place``, and get those of all devices, in order, on this one.
-
-        Raises:
-            Abandoned: a device that has not given left.
-        """
-        mine = give(tensors)
-        with self._changed:
-            turn = self._turns[place]
-            self._turns[place] += 1
-            given = self._given.setdefault(turn, {})
-            given[place] = mine
-            self._changed.notify_all()
-            everyone = len(self._copies)
-            self._changed.wait_for(lambda: len(given) == everyone or self._left - given.keys())
-            if len(given) < everyone:
-                raise Abandoned("another device ended before this one")
-            self._given.pop(turn, None)
-        take = self._copies[place].take
-        return [tuple(tensors) if other == place else take(given[other]) for other in range(everyone)]
-
-    def leave(self, place: int) -> None:
-        """The device at ``place`` gives nothing more."""
-        with self._changed:
-            self._left.add(place)
-            self._changed.notify_all()
-
-
 class Crew:
     """A thread for each of ``devices`` but the first, whose thread is that of the caller.
 
@@ -189,17 +146,21 @@ class Crew:
         self._threads = [ThreadPoolExecutor(1, f"hotpath split {device}") for device in devices[1:]]
 
     def run(
-        self, tensors: Sequence[Sequence[Tensor]], work: Callable[[int, tuple[Tensor, ...], Exchange], Tensor]
+        self,
+        tensors: Sequence[Sequence[Tensor]],
+        counts: Sequence[int],
+        work: Callable[[int, tuple[Tensor, ...]], Tensor],
     ) -> list[Tensor]:
-        """Have each device do ``work(place, its tensors, exchange)`` at the same time; the results, on the first.
+        """Have each device do ``work(place, its tensors)`` at the same time; the results, on the first.
 
         Args:
             tensors: for each device what it gets, which is on the first; the same tensor may go to several.
+            counts: how many tokens each device has, whose keys and values it exchanges.
 
         Raises:
             DeviceFailed: on one of them. All have ended then.
         """
-        exchange = Exchange(self._copies)
+        exchange = Exchange(counts)
         given = [give(each) for each in tensors]
         inference, grad = torch.is_inference_mode_enabled(), torch.is_grad_enabled()
 
@@ -211,9 +172,9 @@ class Crew:
                         # Modes of PyTorch belong to a thread.
                         scope.enter_context(torch.inference_mode(inference))
                         scope.enter_context(torch.set_grad_enabled(grad))
-                    scope.enter_context(waiting_for_others())
+                    scope.enter_context(exchanging(exchange, place))
                     mine = self._copies[place].take(given[place]) if place else given[place].tensors
-                    return give([work(place, mine, exchange)])
+                    return give([work(place, mine)])
             finally:
                 exchange.leave(place)
 

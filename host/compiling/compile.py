@@ -280,7 +280,7 @@ class CompiledBlocks(Ledger):
                 bind = kind.interface.bind_for(attend, activation)
                 way = bind, torch.is_inference_mode_enabled(), activation.device
                 known = None if streamed else scope.enter_context(self._known.found(plan, way, layers, taken))
-            replay = functools.partial(self.replays.run, call.graphs, kind.name, plan, layers, attend, streamed)
+            replay = functools.partial(self.replays.run, call.graphs, kind.name, index, plan, layers, attend, streamed)
             scope.enter_context(nullcontext() if attend is None else attention_scope(attend))
             if known is not None:
                 out = replay(known.graph, known.weights, taken, known.addresses)
@@ -312,7 +312,7 @@ class CompiledBlocks(Ledger):
                     out, cost = region.run(weights, taken, dims, check)
                 self.note_cost(region, cost)
                 if not region.ahead and self.replays.records_on(activation.device):
-                    call.graphs.note(kind.name, NOT_AHEAD)
+                    call.graphs.note(kind.name, index, NOT_AHEAD)
                 if not (region.stats.graphs or region.stats.loaded):
                     why = region.stats.breaks[-1] if region.stats.breaks else "no part of it can be traced"
                     self._note_eager(call, kind, index, f"PyTorch compiled nothing of it: {why}")

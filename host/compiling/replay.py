@@ -63,14 +63,26 @@ def _affords(device: torch.device, size: int) -> bool:
 
 
 class Replayed:
-    """What ran as recordings in one call: ``blocks`` of each kind, and ``why_not`` of the others, by reason."""
+    """What ran as recordings in one call: how many ``blocks`` of each kind, and ``why_not`` of the others, by reason.
+    One that runs on several devices counts once."""
 
     def __init__(self) -> None:
-        self.blocks: Counter[str] = Counter()
-        self.why_not: dict[str, Counter[str]] = {}
+        self._ran: set[tuple[str, int]] = set()
+        self._others: dict[str, set[tuple[str, int]]] = {}
 
-    def note(self, kind: str, reason: str) -> None:
-        self.why_not.setdefault(reason, Counter())[kind] += 1
+    @property
+    def blocks(self) -> Counter[str]:
+        return Counter(kind for kind, _ in self._ran)
+
+    @property
+    def why_not(self) -> dict[str, Counter[str]]:
+        return {reason: Counter(kind for kind, _ in blocks) for reason, blocks in self._others.items()}
+
+    def ran(self, kind: str, index: int) -> None:
+        self._ran.add((kind, index))
+
+    def note(self, kind: str, index: int, reason: str) -> None:
+        self._others.setdefault(reason, set()).add((kind, index))
 
 
 class Replays:
@@ -113,6 +125,7 @@ class Replays:
         self,
         call: Replayed,
         kind: str,
+        index: int,
         block: Any,
         layers: Layers,
         attend: Attend | None,
@@ -131,15 +144,15 @@ class Replays:
         if recordings is None:
             return graph(weights, inputs)
         if attend is not None or streamed:
-            call.note(kind, OPAQUE if attend is not None else STREAMED)
+            call.note(kind, index, OPAQUE if attend is not None else STREAMED)
             return graph(weights, inputs)
         self._devices.add(device)
         unsafe = partial(unsafe_weights, layers, device) if addresses is None else lambda: None
         done = recordings.run(block, graph, weights, inputs, self.always, unsafe, addresses)
         if done.why_not is not None:
-            call.note(kind, done.why_not)
+            call.note(kind, index, done.why_not)
         if done.output is not None:
-            call.blocks[kind] += 1
+            call.ran(kind, index)
             return done.output
         out = graph(weights, inputs)
         recordings.ran()

@@ -16,6 +16,7 @@ import comfy.model_management
 import comfy.ops
 import torch
 from comfy.model_patcher import ModelPatcher
+from comfy.patcher_extension import WrappersMP
 from torch import Tensor, nn
 
 from ...hotpath.attention import Attend
@@ -24,6 +25,7 @@ from ...hotpath.template import BlockPlan
 from ..families import family_of, kinds_of
 from ..families.kinds import BlockKind
 from ..residency.weights import Layers
+from ..splitting.copies import KEY as SPLIT
 
 log = logging.getLogger(__name__)
 
@@ -130,6 +132,9 @@ def _examples(
     selected: Mapping[BlockKind, Collection[int]],
     planned: Callable[[BlockKind, nn.Module], tuple[BlockPlan, Layers]],
 ) -> Iterator[Example]:
+    if model.get_wrappers(WrappersMP.APPLY_MODEL, SPLIT):
+        # What its blocks are called with on each device is not known before there are sizes.
+        return
     diffusion_model: Any = model.get_model_object("diffusion_model")
     dtype = model.model.get_dtype_inference()
     calls = _calls(model, diffusion_model, dtype)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ...hotpath.attention import Attend, cudnn_attention, joined, opaque_attention
 from ...hotpath.compiled import Bind
+from ...hotpath.exchange import exchanged
 from ...hotpath.sizes import as_size, from_size
 from ...hotpath.template import NotHoistable
 
@@ -43,6 +44,37 @@ def is_overridden(options: Mapping[str, Any]) -> bool:
         return False
     override = options["optimized_attention_override"]
     return _chosen_by_host(override) is not comfy.ldm.modules.attention.attention_pytorch
+
+
+class SharedAttention:
+    """An override of the host's attention where tokens are shared out over devices: the queries of one, the keys and
+    values of all, which have ``tokens``. Blocks that know it trace the exchange."""
+
+    def __init__(self, tokens: int) -> None:
+        self.tokens = tokens
+
+    def __call__(
+        self,
+        attention: Callable[..., Tensor],
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        heads: int,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Tensor:
+        by_head = bool(kwargs.get("skip_reshape"))
+        pair = (k, v) if by_head else (k.unsqueeze(1), v.unsqueeze(1))
+        keys, values = (x.contiguous() for x in exchanged(*pair, self.tokens))
+        if not by_head:
+            keys, values = keys.squeeze(1), values.squeeze(1)
+        return attention(q, keys, values, heads, *args, **kwargs)
+
+
+def shared_attention(options: Mapping[str, Any]) -> SharedAttention | None:
+    """The attention of one of several devices under these options; None where there is one."""
+    override = options.get("optimized_attention_override")
+    return override if isinstance(override, SharedAttention) else None
 
 
 def _chosen_by_host(override: Any) -> Any:

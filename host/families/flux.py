@@ -14,15 +14,18 @@ import torch
 from torch import Tensor, nn
 
 from ...hotpath.attention import Attend, cudnn_attention, opaque_attention
+from ...hotpath.exchange import exchanged
 from ...hotpath.sizes import as_size, from_size
 from ...hotpath.template import NotHoistable
 from ...hotpath.values import plainly_strided
 from ..layers.containers import preferred_attention
-from .attention import is_overridden, patched_before, skipped
+from .attention import is_overridden, patched_before, shared_attention, skipped
 from .flux_fused import IN_HALVES, ROTATES, WITH_EPILOGUE
 from .kinds import BlockKind, Family, Interface, SharedForward, random_tensor
 
 _STREAMS = {"img", "txt", "x"}
+# The entry of a region's inputs that counts the tokens of all devices.
+_ALL_TOKENS = "all_tokens"
 # Spans of tokens, and the stream that each is of. No mapping: a graph that was traced through one holds this module.
 _SPANS = (("modulation_dims", "x"), ("modulation_dims_img", "img"), ("modulation_dims_txt", "txt"))
 
@@ -84,7 +87,7 @@ def attention_for(options: Mapping[str, Any], block: nn.Module) -> Attend | None
         preferred is None
         and math.optimized_attention is comfy.ldm.modules.attention.attention_pytorch
         and math.apply_rope.__code__.co_filename == own_file
-        and not is_overridden(options)
+        and (shared_attention(options) is not None or not is_overridden(options))
         and not patches.get("attn1_patch")
         and not patches.get("attn1_output_patch")
     ):
@@ -116,7 +119,8 @@ def _attend(
 
 
 def region_inputs(inputs: Mapping[str, Any], like: Tensor, dynamic: bool) -> dict[str, Any]:
-    """The block's arguments without its options, with token spans (Kontext's zero timestep) as sizes.
+    """The block's arguments without its options, with token spans (Kontext's zero timestep) as sizes, and how many
+    tokens there are where several devices have them.
 
     Where a node has cut a stream short, the host's spans go beyond it, which a graph would have a guard on.
     """
@@ -130,11 +134,15 @@ def region_inputs(inputs: Mapping[str, Any], like: Tensor, dynamic: bool) -> dic
                 (min(start, tokens), end if end is None else min(end, tokens), row) for start, end, row in taken[name]
             ]
             taken[name] = [tuple(as_size(count, like, dynamic) for count in span) for span in spans]
+    shared = shared_attention(inputs.get("transformer_options", {}))
+    if shared is not None:
+        taken[_ALL_TOKENS] = as_size(shared.tokens, like, dynamic)
     return taken
 
 
 def _arguments(inputs: Mapping[str, Any], options: Mapping[str, Any]) -> dict[str, Any]:
     taken = {**inputs, "transformer_options": options}
+    taken.pop(_ALL_TOKENS, None)
     for name, _ in _SPANS:
         if taken.get(name):
             taken[name] = [tuple(from_size(size) for size in span) for span in taken[name]]
@@ -164,14 +172,18 @@ def bind_fused(inputs: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def _rotated(inputs: Mapping[str, Any], cudnn: bool) -> Mapping[str, Any]:
-    pe = inputs["pe"]
+    pe, everyone = inputs["pe"], from_size(inputs.get(_ALL_TOKENS))
 
-    def rotate_and_attend(attend: Callable[..., Tensor], q: Tensor, k: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def rotate_and_attend(
+        attend: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor, *args: Any, **kwargs: Any
+    ) -> Tensor:
         if pe is not None:
             q, k = (comfy.ldm.flux.math._apply_rope1(x, pe) for x in (q, k))
+        if everyone is not None:
+            k, v = exchanged(k, v, everyone)
         if cudnn and kwargs.get("mask") is None:
-            return cudnn_attention(q, k, args[0])
-        return attend(q, k, *args, **kwargs)
+            return cudnn_attention(q, k, v)
+        return attend(q, k, v, *args, **kwargs)
 
     return _arguments({**inputs, "pe": None}, {"optimized_attention_override": rotate_and_attend})
 

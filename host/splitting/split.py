@@ -3,8 +3,8 @@
 For the length of a call the forward of the diffusion model that has its tokens as sequences (``SharedForward``) is
 routed here. Each device runs it with its own copy of the model, on its share of each stream, in a thread of its own; at
 attention they exchange keys and values (``hotpath/split.py``). All around it runs once, as without: samplers, CFG,
-wrappers and step caches of other packs see whole tensors. Blocks that are compiled are compiled in the copies alike:
-attention is a call there, as with patches, so a structure is one graph for each device.
+wrappers and step caches of other packs see whole tensors. Blocks that are compiled are compiled in the copies alike,
+with the exchange as one operator in the graph, so that a structure is one graph for each device.
 
 What can't be shared out runs on one device, with the reason on the node: patches and attention of other packs, whole
 model compile, Offload Repeated Blocks, the host's own CFG split, hooks. So does the rest of a run in which a device
@@ -27,11 +27,10 @@ from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import CallbacksMP, WrapperExecutor, WrappersMP
 from torch import Tensor, nn
 
-from ...hotpath.attention import joined
-from ...hotpath.first_run import stands_in
-from ...hotpath.split import Crew, DeviceFailed, Exchange, NotShared, places_of, share_of_mask, shares
+from ...hotpath.split import Crew, DeviceFailed, NotShared, places_of, share_of_mask, shares
 from ..compiling.compile import compiled_blocks
 from ..families import FAMILIES, kinds_of, require_family
+from ..families.attention import SharedAttention
 from ..families.kinds import SharedForward
 from ..model_call import ModelCall
 from ..models import require_model, why_untouched
@@ -262,16 +261,18 @@ class SplitBlocks:
                 raise NotShared("another node puts other blocks in place of the model's")
             routes |= routes_to(dict(zip(own, others, strict=True)))
 
-        def work(place: int, tensors: tuple[Tensor, ...], exchange: Exchange) -> Tensor:
+        counts = [sum(each.stop - each.start for each in place) for place in places]
+        attention = SharedAttention(sum(counts))
+
+        def work(place: int, tensors: tuple[Tensor, ...]) -> Tensor:
             mine = _filled(given[place], iter(tensors))
-            options = dict(mine.get("transformer_options", {}))
-            options["optimized_attention_override"] = partial(_attend, exchange, place)
+            options = {**mine.get("transformer_options", {}), "optimized_attention_override": attention}
             return forwards[place](**{**mine, "transformer_options": options})
 
         with routed(routes):
-            parts = crew.run([_tensors(each) for each in given], work)
+            parts = crew.run([_tensors(each) for each in given], counts, work)
         self.steps += 1
-        tokens = " + ".join(str(sum(each.stop - each.start for each in place)) for place in places)
+        tokens = " + ".join(map(str, counts))
         self._tell("", f"tokens shared out over {', '.join(map(str, crew.devices))} ({tokens})")
         return torch.cat(parts, dim=1)
 
@@ -305,26 +306,6 @@ class SplitBlocks:
             self.text.show(said, "eager" if why_not else "done")
             if why_not:
                 log.warning("Split Repeated Blocks: %s", said)
-
-
-def _attend(
-    exchange: Exchange,
-    place: int,
-    attention: Callable[..., Tensor],
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    heads: int,
-    *args: Any,
-    **kwargs: Any,
-) -> Tensor:
-    """An override of the host's attention: the queries of one device, the keys and values of all."""
-    by_head = bool(kwargs.get("skip_reshape"))
-    if stands_in():
-        return joined(q) if by_head else q
-    keys, values = zip(*exchange.gather(place, (k, v)), strict=True)
-    dim = 2 if by_head else 1
-    return attention(q, torch.cat(keys, dim), torch.cat(values, dim), heads, *args, **kwargs)
 
 
 def _blocks(diffusion_model: nn.Module) -> list[nn.Module]:

@@ -7,6 +7,8 @@ from functools import partial
 import pytest
 import torch
 from hotpath_pack.hotpath import internal_memory, pieces
+from hotpath_pack.hotpath.exchange import exchange_rows
+from hotpath_pack.hotpath.first_run import alone
 from hotpath_pack.hotpath.graphs import compile_graph, load_graph
 from hotpath_pack.hotpath.internal_memory import lends
 from hotpath_pack.hotpath.pieces import Arena, PieceRecorder, Unrecordable, _Full
@@ -144,6 +146,24 @@ def test_replays_compute_what_the_code_does(inference):
             recording.replay()
         recorder.forget()
         assert not recorder.bytes
+
+
+def test_what_meets_others_is_called_between_and_meets_nobody_while_it_is_recorded():
+    x, out = torch.randn(4, 2), torch.zeros(5, 2)
+
+    def run(weights):
+        x.add_(1)
+        exchange_rows(x, out[:4])
+        out.mul_(2)
+
+    log = Log()
+    before = x.clone(), out.clone()
+    with log:
+        recording = PieceRecorder(CPU, log).record(run, {})
+    assert torch.equal(x, before[0]) and torch.equal(out, before[1])
+    with alone():
+        recording.replay()
+    assert torch.equal(out[:4], 2 * (before[0] + 1)) and not out[4].any()
 
 
 @pytest.mark.parametrize(

@@ -5,13 +5,12 @@ from functools import partial
 
 import pytest
 import torch
-from hotpath_pack.hotpath.attention import attention_scope, opaque_attention
 from hotpath_pack.hotpath.compiled import Region
-from hotpath_pack.hotpath.first_run import first_run, stands_in, waiting_for_others
+from hotpath_pack.hotpath.exchange import Abandoned, exchange_rows, exchanged
+from hotpath_pack.hotpath.first_run import alone, first_run, stands_in, waiting_for_others
 from hotpath_pack.hotpath.settings import CompileSettings
 from hotpath_pack.hotpath.split import (
     FEWEST_TOKENS,
-    Abandoned,
     Crew,
     DeviceFailed,
     NotShared,
@@ -56,10 +55,10 @@ def test_each_device_attends_as_its_rows_of_the_whole_do(text, image, seed, rows
     mask = torch.randn(1, 1, total if rows else 1, total, generator=generator)
     want = scaled_dot_product_attention(q, k, v, attn_mask=mask)
     places = places_of([shares(text, 3), shares(image, 3)])
-    order = torch.cat([torch.arange(total)[each] for place in places for each in place])
-    assert sorted(order.tolist()) == list(range(total))
-    for place, ranges in enumerate(places):
-        mine = torch.cat([torch.arange(total)[each] for each in ranges])
+    rows_of = [torch.cat([torch.arange(total)[each] for each in place]) for place in places]
+    for place, mine in enumerate(rows_of):
+        order = torch.cat([mine, *rows_of[:place], *rows_of[place + 1 :]])
+        assert sorted(order.tolist()) == list(range(total))
         share = share_of_mask(mask, places, place)
         got = scaled_dot_product_attention(q[:, :, mine], k[:, :, order], v[:, :, order], attn_mask=share)
         torch.testing.assert_close(got, want[:, :, mine], atol=1e-5, rtol=1e-5)
@@ -67,17 +66,50 @@ def test_each_device_attends_as_its_rows_of_the_whole_do(text, image, seed, rows
         share_of_mask(mask[..., 1:], places, 0)
 
 
-def test_devices_get_what_all_gave_in_order_each_time(crew):
-    def work(place, tensors, exchange):
+def met(place, tensors, counts=(1, 1, 1)):
+    """What the device at ``place`` has of all when it gave ``tensors[0]``."""
+    all = torch.full((sum(counts),), -1)
+    exchange_rows(tensors[0], all)
+    return all.tolist()
+
+
+def test_devices_have_their_own_and_what_all_gave_in_order_each_time(crew):
+    counts = (2, 1, 3)
+    given = [torch.arange(count) + 10 * place for place, count in enumerate(counts)]
+
+    def work(place, tensors):
         assert torch.is_inference_mode_enabled()
         for turn in range(20):
-            found = exchange.gather(place, [tensors[0] + turn])
-            assert [int(each) for (each,) in found] == [turn, 10 + turn, 20 + turn]
+            others = [rows for other, rows in enumerate(given) if other != place]
+            want = (torch.cat([given[place], *others]) + turn).tolist()
+            assert met(place, [tensors[0] + turn], counts) == want
         return tensors[0]
 
     with torch.inference_mode():
-        out = crew.run([[torch.tensor(10 * place)] for place in range(3)], work)
-    assert [int(each) for each in out] == [0, 10, 20]
+        out = crew.run([[rows] for rows in given], counts, work)
+    assert [rows.tolist() for rows in out] == [rows.tolist() for rows in given]
+
+
+def test_rows_that_are_not_those_of_the_device_are_refused(crew):
+    with pytest.raises(DeviceFailed, match="1 of 4 tokens are not those of this device"):
+        crew.run([[torch.zeros(1, dtype=torch.long)]] * 3, (1, 1, 1), partial(met, counts=(2, 1, 1)))
+
+
+def test_what_fails_while_rows_are_moved_ends_all(crew):
+    """Rows of another shape: the last to come sees it, the others wait for it."""
+    ended = []
+
+    def work(place, tensors):
+        try:
+            rows = torch.zeros(1, 2 + (place == 1))
+            exchange_rows(rows, rows.new_empty(3, rows.shape[1]))
+        except BaseException as error:
+            ended.append(type(error))
+            raise
+
+    with pytest.raises(DeviceFailed, match="size"):
+        crew.run([[torch.zeros(1, dtype=torch.long)]] * 3, (1, 1, 1), work)
+    assert sorted(ended, key=str) == sorted([RuntimeError, Abandoned, Abandoned], key=str)
 
 
 @pytest.mark.parametrize("failing", range(3))
@@ -85,12 +117,12 @@ def test_devices_get_what_all_gave_in_order_each_time(crew):
 def test_a_device_that_fails_ends_all_and_is_named(crew, failing, before):
     ended = []
 
-    def work(place, tensors, exchange):
+    def work(place, tensors):
         try:
             for turn in range(4):
                 if place == failing and turn == before:
                     raise torch.OutOfMemoryError("no memory left")
-                exchange.gather(place, tensors)
+                met(place, tensors)
             return tensors[0]
         except BaseException as error:
             ended.append(type(error))
@@ -98,43 +130,43 @@ def test_a_device_that_fails_ends_all_and_is_named(crew, failing, before):
 
     for _ in range(2):
         with pytest.raises(DeviceFailed, match=f"^cpu:{failing} failed: no memory left$") as failure:
-            crew.run([[torch.zeros(1)]] * 3, work)
+            crew.run([[torch.zeros(1, dtype=torch.long)]] * 3, (1, 1, 1), work)
         assert isinstance(failure.value.__cause__, torch.OutOfMemoryError)
     assert sorted(ended, key=str) == sorted(2 * [torch.OutOfMemoryError, Abandoned, Abandoned], key=str)
 
 
 def test_a_device_that_gathers_less_often_ends_all(crew):
-    def work(place, tensors, exchange):
+    def work(place, tensors):
         for _ in range(3 if place else 2):
-            exchange.gather(place, tensors)
+            met(place, tensors)
         return tensors[0]
 
     with pytest.raises(DeviceFailed, match="ended before this one"):
-        crew.run([[torch.zeros(1)]] * 3, work)
+        crew.run([[torch.zeros(1, dtype=torch.long)]] * 3, (1, 1, 1), work)
 
 
 def test_what_ends_a_thread_before_its_work_and_an_interrupt_reach_the_caller(crew):
     class Interrupt(BaseException):
         pass
 
-    def work(place, tensors, exchange):
+    def work(place, tensors):
         if place == 1:
             raise Interrupt
-        exchange.gather(place, tensors)
+        met(place, tensors)
         return tensors[0]
 
     with pytest.raises(Interrupt):
-        crew.run([[torch.zeros(1)]] * 3, work)
+        crew.run([[torch.zeros(1, dtype=torch.long)]] * 3, (1, 1, 1), work)
 
     def enter(device):
         raise OSError("the device is gone")
 
     broken = Crew(DEVICES[:2], enter)
     with pytest.raises(DeviceFailed, match="cpu:1 failed: the device is gone"):
-        broken.run([[torch.zeros(1)]] * 2, work)
+        broken.run([[torch.zeros(1, dtype=torch.long)]] * 2, (1, 1), partial(met, counts=(1, 1)))
     broken.end()
     with pytest.raises(DeviceFailed, match="after shutdown"):
-        broken.run([[torch.zeros(1)]] * 2, work)
+        broken.run([[torch.zeros(1, dtype=torch.long)]] * 2, (1, 1), partial(met, counts=(1, 1)))
 
 
 class Block(nn.Module):
@@ -144,17 +176,10 @@ class Block(nn.Module):
         super().__init__()
         self.qkv = Linear(8, 24, device="meta")
 
-    def forward(self, x):
+    def forward(self, x, tokens):
         q, k, v = self.qkv(x).view(1, -1, 3, 2, 4).permute(2, 0, 3, 1, 4)
-        x += opaque_attention(q, k, v, None, None, [])
+        x += scaled_dot_product_attention(q, *exchanged(k, v, tokens)).transpose(1, 2).flatten(2)
         return x
-
-
-def attend(exchange, place, q, k, v, pe, mask, slices):
-    if stands_in():
-        return q.transpose(1, 2).flatten(2)
-    keys, values = zip(*exchange.gather(place, (k, v)), strict=True)
-    return scaled_dot_product_attention(q, torch.cat(keys, 2), torch.cat(values, 2)).transpose(1, 2).flatten(2)
 
 
 @pytest.mark.parametrize("each_its_own", [True, False])
@@ -167,11 +192,10 @@ def test_threads_whose_code_runs_for_the_first_time_do_not_wait_for_each_other(c
     weights = {"qkv.weight": torch.randn(24, 8), "qkv.bias": torch.randn(24)}
     x = torch.randn(1, 15, 8)
 
-    def work(place, tensors, exchange):
+    def work(place, tensors):
         mine = tensors[0].clone()
-        with attention_scope(partial(attend, exchange, place)):
-            for _ in range(2):
-                mine = regions[place](weights, {"x": mine}, {"x": (1,)})
+        for _ in range(2):
+            mine = regions[place](weights, {"x": mine, "tokens": 15}, {"x": (1,)})
         return mine
 
     want = x.clone()
@@ -182,7 +206,7 @@ def test_threads_whose_code_runs_for_the_first_time_do_not_wait_for_each_other(c
 
     def run():
         try:
-            out.append(torch.cat(crew.run([[x[:, share]] for share in shares(15, 3)], work), 1))
+            out.append(torch.cat(crew.run([[x[:, share]] for share in shares(15, 3)], (5, 5, 5), work), 1))
         except BaseException as error:
             errors.append(error)
 
@@ -197,10 +221,14 @@ def test_threads_whose_code_runs_for_the_first_time_do_not_wait_for_each_other(c
 def test_nothing_stands_in_but_where_code_runs_first_while_others_are_waited_for():
     x = torch.zeros(2)
     assert not stands_in()
-    with first_run({"x": x}) as alone:
+    with first_run({"x": x}) as single:
         assert not stands_in()
-    assert not alone.again()
+    assert not single.again()
     with waiting_for_others(), first_run({"x": x}) as first:
         x += 1
         assert stands_in()
     assert first.again() and x.tolist() == [0, 0] and not stands_in()
+    with alone():
+        assert stands_in()
+        exchange_rows(x + 1, all := torch.ones(3))
+    assert all.tolist() == [1, 1, 0] and not stands_in()

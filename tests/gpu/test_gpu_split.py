@@ -1,4 +1,7 @@
-"""Tokens shared out over two cards: what one card gives, eager and compiled, and one card where the other fails."""
+"""Tokens shared out over two cards: what one card gives, eager and compiled, and one card where the other fails. On a
+machine with one card that is both, with a model and a thread each."""
+
+import threading
 
 import pytest
 import torch
@@ -6,10 +9,30 @@ from hotpath_pack.devtools import checkpoints
 from hotpath_pack.devtools.gpu_host import compiled, quantize
 from hotpath_pack.hotpath.counters import graphs_so_far
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(torch.cuda.device_count() < 2, reason="no second CUDA device on this machine"),
-]
+pytestmark = pytest.mark.gpu
+
+
+@pytest.fixture(autouse=True, params=["one card as two", "two cards"])
+def devices(request, monkeypatch):
+    """The second of two devices."""
+    import comfy.model_management
+    import comfy.model_patcher
+    from hotpath_pack.host.compiling import replay
+
+    if request.param == "two cards":
+        if torch.cuda.device_count() < 2:
+            pytest.skip("no second CUDA device on this machine")
+        return torch.device("cuda", 1)
+    card = torch.device("cuda", 0)
+    # Another name of the card, which is a device of its own to all but dynamic VRAM and recordings.
+    twin = torch.device("cuda")
+    monkeypatch.setattr(comfy.model_management, "get_all_torch_devices", lambda exclude_current=False: [card, twin])
+    monkeypatch.setattr(comfy.model_management, "set_torch_device", lambda device: None)
+    monkeypatch.setattr(comfy.model_patcher, "CoreModelPatcher", comfy.model_patcher.ModelPatcher)
+    main = threading.main_thread()
+    recordings = [replay.Recordings(replay.recorder_for(card), lambda size: True) for _ in range(2)]
+    monkeypatch.setattr(replay, "recordings_on", lambda device: recordings[threading.current_thread() is not main])
+    return twin
 
 
 @pytest.fixture(params=[torch.float32, torch.bfloat16])
@@ -62,7 +85,16 @@ def test_in_eight_bits(filed):
     assert_like(small, compiled(split(small)))
 
 
-def test_a_card_without_memory_ends_in_the_image_of_one(filed):
+def test_replayed_blocks_are_what_one_card_gives(filed):
+    fast = compiled(split(filed))
+    (blocks,) = fast.get_wrappers("apply_model", "hotpath_compile")
+    blocks.replays.always = True
+    for change in (dict(steps=4), dict(width=272, height=144, steps=4), dict(batch=2, steps=4), dict(steps=2)):
+        assert_like(filed, fast, **change)
+    assert blocks.replays.replayed == {"double": 2, "single": 3} and not blocks.replays.why_not
+
+
+def test_a_card_without_memory_ends_in_the_image_of_one(filed, devices):
     from hotpath_pack.devtools.sampling import sample
 
     two = split(filed)
@@ -70,12 +102,12 @@ def test_a_card_without_memory_ends_in_the_image_of_one(filed):
     (copy,) = two.get_additional_models_with_key("hotpath_split")
 
     def without_memory(*args, **kwargs):
-        return torch.empty(2**50, device="cuda:1")
+        return torch.empty(2**50, device=devices)
 
     copy.model.diffusion_model.final_layer.forward = without_memory
     try:
         assert torch.equal(want, sample(two))
     finally:
         del copy.model.diffusion_model.final_layer.forward
-    assert blocks_of(two).why_not.startswith("cuda:1 failed: CUDA out of memory")
+    assert blocks_of(two).why_not.startswith(f"{devices} failed: CUDA out of memory")
     assert_like(filed, two)

@@ -2,6 +2,7 @@
 can't be. The devices are imitated: to the host ``cpu``, ``cpu:1`` and ``cpu:2`` are three, with a model each."""
 
 import functools
+import threading
 
 import comfy.model_management
 import comfy.multigpu
@@ -11,10 +12,14 @@ import torch
 from comfy.ldm.flux.model import Flux
 from comfy.sd import load_bypass_lora_for_models, load_lora_for_models
 from hotpath_pack.devtools import checkpoints, patches
+from hotpath_pack.devtools.reruns import Reruns
+from hotpath_pack.host.compiling import replay
 from hotpath_pack.host.quantizing.quantize import quantize_repeated_blocks
 from hotpath_pack.host.residency.offload import OffloadSettings, offload_repeated_blocks
 from hotpath_pack.host.splitting.split import split_repeated_blocks
 from hotpath_pack.host.telling.progress import NodeText
+from hotpath_pack.hotpath import graphs
+from hotpath_pack.hotpath.recorded import Recordings
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from sampling import Counting, Texts, assert_parity, compiled, compiled_blocks, sample
@@ -128,6 +133,26 @@ def test_compiled_it_is_two_graphs_whatever_the_device_size_text_or_lora(filed, 
         assert_shared(patched)
     assert (counting.graphs, counting.breaks) == (2, 0)
     assert compiled_blocks(fast).eager == {} and compiled_blocks(fast).compiled == {"double": 2, "single": 3}
+
+
+@pytest.mark.skipif(not graphs.supported(), reason="needs PyTorch 2.11")
+def test_replayed_blocks_meet_as_often_as_others(filed, monkeypatch):
+    """One device records where the other does not, and what is only compared meets nobody."""
+    recorders = [Reruns(), Reruns(waits=False)]
+    recordings = [Recordings(recorder, lambda size: True) for recorder in recorders]
+    # Tensors of either are on the CPU, but each device has a thread.
+    main = threading.main_thread()
+    monkeypatch.setattr(replay, "recordings_on", lambda device: recordings[threading.current_thread() is not main])
+    fast = compiled(split(filed), backend="inductor")
+    for change in (dict(steps=4), dict(width=48, steps=4), dict(tokens=11, steps=3), dict(steps=2)):
+        assert_parity(filed, fast, **change)
+        assert_shared(fast, change["steps"])
+    assert [each.recorded > 0 for each in recorders] == [True, False]
+    recorders[1].waits = True
+    assert_parity(filed, fast, steps=7)
+    assert_shared(fast, 7)
+    assert min(each.replays for each in recorders) >= 5
+    assert compiled_blocks(fast).eager == {}
 
 
 def test_after_quantizing_each_device_has_quantized_blocks(filed):
