@@ -9,8 +9,8 @@ block (see ``pieces.py``) needs no other care.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import NamedTuple
 
 import torch
@@ -46,6 +46,8 @@ class Exchange:
         self._done = 0
         self._arrived: dict[int, dict[int, _Arrival]] = {}
         self._left: set[int] = set()
+        self._ready: dict[int, Callable[[], bool]] = {}
+        self._singles: list[int] = []
         self._failed = False
         self._changed = threading.Condition()
         self._streams: dict[torch.device, torch.cuda.Stream] = {}
@@ -68,7 +70,11 @@ class Exchange:
             arrived = self._arrived.setdefault(turn, {})
             arrived[place] = arrival
             if len(arrived) < len(self._counts):
-                self._changed.wait_for(lambda: self._done > turn or self._failed or self._left - arrived.keys())
+                # Until this holds it is at rest.
+                self._ready[place] = lambda: bool(self._done > turn or self._failed or self._left - arrived.keys())
+                self._changed.notify_all()
+                self._changed.wait_for(self._ready[place])
+                del self._ready[place]
                 if self._done <= turn:
                     raise Abandoned("another device ended before this one")
                 return
@@ -80,6 +86,37 @@ class Exchange:
                 raise
             finally:
                 del self._arrived[turn]
+                self._changed.notify_all()
+
+    @contextmanager
+    def single(self, place: int) -> Iterator[None]:
+        """A scope in which no device computes but that at ``place``: the others wait for its rows or for such a scope.
+
+        Raises:
+            Abandoned: a device left.
+        """
+        others = [other for other in range(len(self._counts)) if other != place]
+
+        def at_rest(other: int) -> bool:
+            return other in self._singles or (other in self._ready and not self._ready[other]())
+
+        with self._changed:
+            self._singles.append(place)
+            self._changed.notify_all()
+            try:
+                self._changed.wait_for(
+                    lambda: self._failed or self._left or (self._singles[0] == place and all(map(at_rest, others)))
+                )
+                if self._failed or self._left:
+                    raise Abandoned("another device ended before this one")
+            except BaseException:
+                self._singles.remove(place)
+                raise
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._singles.remove(place)
                 self._changed.notify_all()
 
     def leave(self, place: int) -> None:
@@ -143,6 +180,14 @@ def exchanging(exchange: Exchange, place: int) -> Iterator[None]:
             yield
     finally:
         _current.at = before
+
+
+def others_at_rest() -> AbstractContextManager[None]:
+    """A scope in which no other thread of the innermost ``exchanging`` computes."""
+    if _current.at is None:
+        return nullcontext()
+    exchange, place = _current.at
+    return exchange.single(place)
 
 
 @torch.library.custom_op("hotpath::exchange", mutates_args=("all",), schema="(Tensor mine, Tensor(a0!) all) -> ()")

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from .cuda_graphs import Busy, Recorder, Recording
+from .exchange import Abandoned, others_at_rest
 from .first_run import alone
 from .static import Layout, StaticInputs, flatten, layout, rebuilt
 
@@ -258,8 +259,10 @@ class Recordings:
         self, frame: _Frame, block: _Block, found: Layout, weights: dict[str, Tensor], inputs: dict[str, Any]
     ) -> Replayed:
         try:
-            return self._recorded(frame, block, found, weights, inputs)
-        except Busy:
+            # What another thread frees while this one records would become a part of it, and end the process.
+            with others_at_rest():
+                return self._recorded(frame, block, found, weights, inputs)
+        except (Busy, Abandoned):
             return Replayed()
         except torch.OutOfMemoryError:
             why_not = NO_MEMORY

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -28,6 +29,8 @@ from ..residency.weights import Layers
 CHOICES = ("auto", "off")
 # The host asks for a tenth more memory than it expects to need; what is kept between runs is to fit into that.
 _SPARE = 0.1
+# The option that the host gives each thread where it shares out conditions over devices.
+_OF_A_DEVICE = "multigpu_thread_device"
 _RECORDINGS: dict[torch.device, Recordings] = {}
 _lock = threading.Lock()
 
@@ -36,6 +39,7 @@ STREAMED = "its weights are streamed"
 CAST = "its weights are cast or copied to the device each time they are used"
 NOT_AHEAD = "PyTorch can't compile them ahead of time, so that nothing tells whether a recording still holds"
 FUNCTIONS = "LoRAs or other functions are applied to its weights each time they are used"
+OTHERS = "another device computes at the same time"
 BYPASS = "a LoRA is in bypass mode"
 
 
@@ -64,11 +68,13 @@ def _affords(device: torch.device, size: int) -> bool:
 
 class Replayed:
     """What ran as recordings in one call: how many ``blocks`` of each kind, and ``why_not`` of the others, by reason.
-    One that runs on several devices counts once."""
+    One that runs on several devices counts once. It is ``alone`` where nothing else computes in this process."""
 
     def __init__(self) -> None:
-        self._ran: set[tuple[str, int]] = set()
-        self._others: dict[str, set[tuple[str, int]]] = {}
+        self.alone = True
+        # In their order, by kind and number.
+        self._ran: dict[tuple[str, int], None] = {}
+        self._others: dict[str, dict[tuple[str, int], None]] = {}
 
     @property
     def blocks(self) -> Counter[str]:
@@ -79,10 +85,10 @@ class Replayed:
         return {reason: Counter(kind for kind, _ in blocks) for reason, blocks in self._others.items()}
 
     def ran(self, kind: str, index: int) -> None:
-        self._ran.add((kind, index))
+        self._ran[kind, index] = None
 
     def note(self, kind: str, index: int, reason: str) -> None:
-        self._others.setdefault(reason, set()).add((kind, index))
+        self._others.setdefault(reason, {})[kind, index] = None
 
 
 class Replays:
@@ -114,9 +120,10 @@ class Replays:
         """Whether blocks on ``device`` may be recorded."""
         return self.wanted and recordings_on(device) is not None
 
-    def begin(self, call: Replayed, device: torch.device) -> None:
-        """A call of the model begins on ``device``."""
+    def begin(self, call: Replayed, device: torch.device, options: Mapping[str, Any]) -> None:
+        """A call of the model begins on ``device``, with these options."""
         self.last = call
+        call.alone = _OF_A_DEVICE not in options
         recordings = recordings_on(device) if self.wanted else None
         if recordings is not None:
             recordings.begin()
@@ -143,8 +150,8 @@ class Replays:
         recordings = recordings_on(device) if self.wanted else None
         if recordings is None:
             return graph(weights, inputs)
-        if attend is not None or streamed:
-            call.note(kind, index, OPAQUE if attend is not None else STREAMED)
+        if attend is not None or streamed or not call.alone:
+            call.note(kind, index, OPAQUE if attend is not None else STREAMED if streamed else OTHERS)
             return graph(weights, inputs)
         self._devices.add(device)
         unsafe = partial(unsafe_weights, layers, device) if addresses is None else lambda: None

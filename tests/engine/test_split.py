@@ -1,12 +1,13 @@
 """Tokens in shares, masks of them, and threads that give each other keys and values: right, and never for ever."""
 
 import threading
+import time
 from functools import partial
 
 import pytest
 import torch
 from hotpath_pack.hotpath.compiled import Region
-from hotpath_pack.hotpath.exchange import Abandoned, exchange_rows, exchanged
+from hotpath_pack.hotpath.exchange import Abandoned, exchange_rows, exchanged, others_at_rest
 from hotpath_pack.hotpath.first_run import alone, first_run, stands_in, waiting_for_others
 from hotpath_pack.hotpath.settings import CompileSettings
 from hotpath_pack.hotpath.split import (
@@ -167,6 +168,50 @@ def test_what_ends_a_thread_before_its_work_and_an_interrupt_reach_the_caller(cr
     broken.end()
     with pytest.raises(DeviceFailed, match="after shutdown"):
         broken.run([[torch.zeros(1, dtype=torch.long)]] * 2, (1, 1), partial(met, counts=(1, 1)))
+
+
+def test_in_a_single_scope_nobody_else_computes(crew):
+    """Each device has such scopes at turns of its own, some of them at the same turn."""
+    computing, single, scopes = set(), [], []
+
+    def work(place, tensors):
+        for turn in range(60):
+            if turn % (place + 2) == 0:
+                with others_at_rest():
+                    single.append(place)
+                    scopes.append(place)
+                    time.sleep(0.001)
+                    assert single == [place] and not computing
+                    single.pop()
+            computing.add(place)
+            assert not single
+            computing.discard(place)
+            assert met(place, [tensors[0] + turn])[0] == turn
+        return tensors[0]
+
+    crew.run([[torch.zeros(1, dtype=torch.long)]] * 3, (1, 1, 1), work)
+    assert [scopes.count(place) for place in range(3)] == [30, 20, 15]
+
+
+def test_a_single_scope_ends_where_a_device_left(crew):
+    ended = []
+
+    def work(place, tensors):
+        met(place, tensors)
+        if place == 1:
+            raise OSError("gone")
+        try:
+            with others_at_rest():
+                pytest.fail("a device had left")
+        except Abandoned as error:
+            ended.append(error)
+            raise
+
+    with pytest.raises(DeviceFailed, match="cpu:1 failed: gone"):
+        crew.run([[torch.zeros(1, dtype=torch.long)]] * 3, (1, 1, 1), work)
+    assert len(ended) == 2
+    with others_at_rest():
+        pass
 
 
 class Block(nn.Module):

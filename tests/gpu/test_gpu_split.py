@@ -109,5 +109,5 @@ def test_a_card_without_memory_ends_in_the_image_of_one(filed, devices):
         assert torch.equal(want, sample(two))
     finally:
         del copy.model.diffusion_model.final_layer.forward
-    assert blocks_of(two).why_not.startswith(f"{devices} failed: CUDA out of memory")
+    assert blocks_of(two).why_not.startswith(f"{devices} failed: ") and "out of memory" in blocks_of(two).why_not
     assert_like(filed, two)
