@@ -73,7 +73,7 @@ class Exchange:
                 # Until this holds it is at rest.
                 self._ready[place] = lambda: bool(self._done > turn or self._failed or self._left - arrived.keys())
                 self._changed.notify_all()
-                self._changed.wait_for(self._ready[place])
+                self._changed.wait_for(lambda: self._ready[place]() or self._stuck())
                 del self._ready[place]
                 if self._done <= turn:
                     raise Abandoned("another device ended before this one")
@@ -97,15 +97,12 @@ class Exchange:
         """
         others = [other for other in range(len(self._counts)) if other != place]
 
-        def at_rest(other: int) -> bool:
-            return other in self._singles or (other in self._ready and not self._ready[other]())
-
         with self._changed:
             self._singles.append(place)
             self._changed.notify_all()
             try:
                 self._changed.wait_for(
-                    lambda: self._failed or self._left or (self._singles[0] == place and all(map(at_rest, others)))
+                    lambda: self._failed or self._left or (self._singles[0] == place and all(map(self._rests, others)))
                 )
                 if self._failed or self._left:
                     raise Abandoned("another device ended before this one")
@@ -118,6 +115,14 @@ class Exchange:
             with self._changed:
                 self._singles.remove(place)
                 self._changed.notify_all()
+
+    def _rests(self, place: int) -> bool:
+        """Whether the device waits for rows, or for others to end such a scope."""
+        return place in self._singles[1:] or (place in self._ready and not self._ready[place]())
+
+    def _stuck(self) -> bool:
+        """Whether all wait for one another: the rows of one that is in such a scope itself."""
+        return all(map(self._rests, range(len(self._counts))))
 
     def leave(self, place: int) -> None:
         """The device at ``place`` gives nothing more."""

@@ -259,9 +259,7 @@ class Recordings:
         self, frame: _Frame, block: _Block, found: Layout, weights: dict[str, Tensor], inputs: dict[str, Any]
     ) -> Replayed:
         try:
-            # What another thread frees while this one records would become a part of it, and end the process.
-            with others_at_rest():
-                return self._recorded(frame, block, found, weights, inputs)
+            return self._recorded(frame, block, found, weights, inputs)
         except (Busy, Abandoned):
             return Replayed()
         except torch.OutOfMemoryError:
@@ -295,7 +293,9 @@ class Recordings:
                 if isinstance(place, Tensor):
                     place.copy_(output)
 
-        recording = self._recorder.record(launch, weights)
+        # What another thread frees meanwhile would become a part of it, and end the process.
+        with others_at_rest():
+            recording = self._recorder.record(launch, weights)
         self._made = True
         if want is not None and not _computes(recording, frame, static, want):
             log.warning("a block runs without a CUDA graph: %s", DIFFERS)

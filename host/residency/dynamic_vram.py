@@ -108,8 +108,10 @@ class Kept:
         The host's watermark only sinks until it loads the MODEL again, so that it would stream them at each step.
         """
         loaded, vbar = patcher.loaded_size(), patcher._vbar_get()
-        most = self._most[patcher.model] = max(loaded, self._most.get(patcher.model, 0))
-        if vbar is None or most - loaded < _WORTH_MOVING * most:
+        seen = self._most[patcher.model] = max(loaded, self._most.get(patcher.model, 0))
+        # What streams may be there beside the budget, and is not to stay.
+        most = min(seen, self._budget.bytes(patcher.model_size()))
+        if vbar is None or most - loaded <= _WORTH_MOVING * most:
             return
         # What PyTorch keeps for the next step's activations is not free for weights.
         free, kept = comfy.model_management.get_free_memory(patcher.load_device, torch_free_too=True)

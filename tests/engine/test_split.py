@@ -193,6 +193,16 @@ def test_in_a_single_scope_nobody_else_computes(crew):
     assert [scopes.count(place) for place in range(3)] == [30, 20, 15]
 
 
+def test_who_meets_others_in_a_single_scope_ends_all_instead_of_waiting_for_ever(crew):
+    def work(place, tensors):
+        with others_at_rest():
+            met(place, tensors)
+        return tensors[0]
+
+    with pytest.raises(DeviceFailed, match="ended before this one"):
+        crew.run([[torch.zeros(1, dtype=torch.long)]] * 3, (1, 1, 1), work)
+
+
 def test_a_single_scope_ends_where_a_device_left(crew):
     ended = []
 

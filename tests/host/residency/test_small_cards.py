@@ -168,6 +168,15 @@ def test_weights_that_were_given_up_come_back_once_their_memory_is_free(dynamic,
     vbar.loaded = 1000
     kept.regain(dynamic)
     assert len(vbar.calls) == 2
+    # What streamed beside a budget is not given up when it goes.
+    vbar.calls.clear()
+    for share in (0, 0.25):
+        streaming = dynamic_vram.Kept(Budget(share=share))
+        for there in (0.75, share):
+            vbar.loaded = int(there * dynamic.model_size())
+            free["free"] = 2 * reserved + dynamic.model_size()
+            streaming.regain(dynamic)
+    assert vbar.calls == []
     del dynamic.model.dynamic_vbars[dynamic.load_device]
     kept.regain(dynamic)
 
