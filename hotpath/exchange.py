@@ -1,7 +1,7 @@
 """Keys and values of tokens that other devices compute: one node in the graph, a meeting of threads when it runs.
 
-A device gives what it has to all others and gets theirs, so that its queries see the whole sequence. The last of the
-threads to arrive issues the copies of all, each on a stream of the device that gives, and has every device wait for
+A device gives what it has to all others and gets theirs, so that its queries see the whole sequence. The thread that
+arrives last issues the copies of all, each on a stream of the device that gives, and has every device wait for
 those that it takes part in: nothing is copied twice, nobody meets twice, and memory that is used again at the next
 block (see ``pieces.py``) needs no other care.
 """
@@ -9,8 +9,9 @@ block (see ``pieces.py``) needs no other care.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -36,6 +37,10 @@ class _Arrival(NamedTuple):
 class Exchange:
     """Where the devices of one forward meet, which all fill equally often. Nobody waits for one that has left.
 
+    One of their threads runs at a time, up to where it waits for rows: threads that all run would wait for Python's
+    lock at each operator, while what they launch runs on all devices anyway. And no CUDA graph can be recorded while
+    another thread gives memory back, which would become a part of it.
+
     Args:
         counts: rows of each device.
     """
@@ -44,13 +49,34 @@ class Exchange:
         self._counts = counts
         self._turns = [0] * len(counts)
         self._done = 0
+        self._failed = False
         self._arrived: dict[int, dict[int, _Arrival]] = {}
         self._left: set[int] = set()
-        self._ready: dict[int, Callable[[], bool]] = {}
-        self._singles: list[int] = []
-        self._failed = False
-        self._changed = threading.Condition()
+        # Who runs, who may run next, in order, and who waits for rows of which turn.
+        self._running: int | None = None
+        self._ready: deque[int] = deque()
+        self._waiting: dict[int, int] = {}
+        self._go = [threading.Lock() for _ in counts]
+        for held in self._go:
+            held.acquire()
+        self._guard = threading.Lock()
         self._streams: dict[torch.device, torch.cuda.Stream] = {}
+
+    @contextmanager
+    def taking_part(self, place: int) -> Iterator[None]:
+        """A scope in which this thread computes on the device at ``place``; it begins once it may."""
+        with self._guard:
+            first = self._running is None
+            if first:
+                self._running = place
+            else:
+                self._ready.append(place)
+        if not first:
+            self._go[place].acquire()
+        try:
+            yield
+        finally:
+            self.leave(place)
 
     def fill(self, place: int, mine: Tensor, all: Tensor) -> None:
         """Write rows of all devices to ``all`` (rows of all, ...) of the device at ``place``: its own first, which are
@@ -64,71 +90,54 @@ class Exchange:
             raise ValueError(f"{len(mine)} of {len(all)} tokens are not those of this device")
         arrival = _arrival(mine, all)
         all[: len(mine)].copy_(mine)
-        with self._changed:
-            turn = self._turns[place]
-            self._turns[place] += 1
-            arrived = self._arrived.setdefault(turn, {})
-            arrived[place] = arrival
-            if len(arrived) < len(self._counts):
-                # Until this holds it is at rest.
-                self._ready[place] = lambda: bool(self._done > turn or self._failed or self._left - arrived.keys())
-                self._changed.notify_all()
-                self._changed.wait_for(lambda: self._ready[place]() or self._stuck())
-                del self._ready[place]
-                if self._done <= turn:
-                    raise Abandoned("another device ended before this one")
-                return
-            try:
-                self._move(arrived)
-                self._done = turn + 1
-            except BaseException:
-                self._failed = True
-                raise
-            finally:
-                del self._arrived[turn]
-                self._changed.notify_all()
-
-    @contextmanager
-    def single(self, place: int) -> Iterator[None]:
-        """A scope in which no device computes but that at ``place``: the others wait for its rows or for such a scope.
-
-        Raises:
-            Abandoned: a device left.
-        """
-        others = [other for other in range(len(self._counts)) if other != place]
-
-        with self._changed:
-            self._singles.append(place)
-            self._changed.notify_all()
-            try:
-                self._changed.wait_for(
-                    lambda: self._failed or self._left or (self._singles[0] == place and all(map(self._rests, others)))
-                )
-                if self._failed or self._left:
-                    raise Abandoned("another device ended before this one")
-            except BaseException:
-                self._singles.remove(place)
-                raise
-        try:
-            yield
-        finally:
-            with self._changed:
-                self._singles.remove(place)
-                self._changed.notify_all()
-
-    def _rests(self, place: int) -> bool:
-        """Whether the device waits for rows, or for others to end such a scope."""
-        return place in self._singles[1:] or (place in self._ready and not self._ready[place]())
-
-    def _stuck(self) -> bool:
-        """Whether all wait for one another: the rows of one that is in such a scope itself."""
-        return all(map(self._rests, range(len(self._counts))))
+        turn = self._turns[place]
+        self._turns[place] += 1
+        arrived = self._arrived.setdefault(turn, {})
+        arrived[place] = arrival
+        if len(arrived) == len(self._counts):
+            self._complete(turn, arrived)
+            return
+        with self._guard:
+            if self._failed or self._left - arrived.keys():
+                raise Abandoned("another device ended before this one")
+            self._waiting[place] = turn
+            self._next()
+        self._go[place].acquire()
+        if self._done <= turn:
+            raise Abandoned("another device ended before this one")
 
     def leave(self, place: int) -> None:
         """The device at ``place`` gives nothing more."""
-        with self._changed:
+        with self._guard:
             self._left.add(place)
-            self._changed.notify_all()
+            # An interrupt may end it while it waits.
+            self._waiting.pop(place, None)
+            if place in self._ready:
+                self._ready.remove(place)
+            for other, turn in list(self._waiting.items()):
+                if self._failed or place not in self._arrived[turn]:
+                    del self._waiting[other]
+                    self._ready.append(other)
+            if self._running in (None, place):
+                self._next()
+
+    def _complete(self, turn: int, arrived: Mapping[int, _Arrival]) -> None:
+        try:
+            self._move(arrived)
+        except BaseException:
+            self._failed = True
+            raise
+        with self._guard:
+            del self._arrived[turn]
+            self._done = turn + 1
+            self._ready.extend(self._waiting)
+            self._waiting.clear()
+
+    def _next(self) -> None:
+        """Let the next thread run, within the guard."""
+        self._running = self._ready.popleft() if self._ready else None
+        if self._running is not None:
+            self._go[self._running].release()
 
     def _move(self, arrived: Mapping[int, _Arrival]) -> None:
         for source, given in arrived.items():
@@ -178,21 +187,13 @@ _current = _Current()
 
 @contextmanager
 def exchanging(exchange: Exchange, place: int) -> Iterator[None]:
-    """Let what runs within this scope, on this thread, meet others at ``exchange``."""
+    """Let what runs within this scope, on this thread, meet others at ``exchange``, as the device at ``place``."""
     before, _current.at = _current.at, (exchange, place)
     try:
-        with waiting_for_others():
+        with waiting_for_others(), exchange.taking_part(place):
             yield
     finally:
         _current.at = before
-
-
-def others_at_rest() -> AbstractContextManager[None]:
-    """A scope in which no other thread of the innermost ``exchanging`` computes."""
-    if _current.at is None:
-        return nullcontext()
-    exchange, place = _current.at
-    return exchange.single(place)
 
 
 @torch.library.custom_op("hotpath::exchange", mutates_args=("all",), schema="(Tensor mine, Tensor(a0!) all) -> ()")

@@ -26,7 +26,6 @@ import torch
 from torch import Tensor
 
 from .cuda_graphs import Busy, Recorder, Recording
-from .exchange import Abandoned, others_at_rest
 from .first_run import alone
 from .static import Layout, StaticInputs, flatten, layout, rebuilt
 
@@ -260,7 +259,7 @@ class Recordings:
     ) -> Replayed:
         try:
             return self._recorded(frame, block, found, weights, inputs)
-        except (Busy, Abandoned):
+        except Busy:
             return Replayed()
         except torch.OutOfMemoryError:
             why_not = NO_MEMORY
@@ -293,9 +292,7 @@ class Recordings:
                 if isinstance(place, Tensor):
                     place.copy_(output)
 
-        # What another thread frees meanwhile would become a part of it, and end the process.
-        with others_at_rest():
-            recording = self._recorder.record(launch, weights)
+        recording = self._recorder.record(launch, weights)
         self._made = True
         if want is not None and not _computes(recording, frame, static, want):
             log.warning("a block runs without a CUDA graph: %s", DIFFERS)

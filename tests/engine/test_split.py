@@ -6,8 +6,9 @@ from functools import partial
 
 import pytest
 import torch
+from hotpath_pack.hotpath import exchange
 from hotpath_pack.hotpath.compiled import Region
-from hotpath_pack.hotpath.exchange import Abandoned, exchange_rows, exchanged, others_at_rest
+from hotpath_pack.hotpath.exchange import Abandoned, exchange_rows, exchanged
 from hotpath_pack.hotpath.first_run import alone, first_run, stands_in, waiting_for_others
 from hotpath_pack.hotpath.settings import CompileSettings
 from hotpath_pack.hotpath.split import (
@@ -170,58 +171,58 @@ def test_what_ends_a_thread_before_its_work_and_an_interrupt_reach_the_caller(cr
         broken.run([[torch.zeros(1, dtype=torch.long)]] * 2, (1, 1), partial(met, counts=(1, 1)))
 
 
-def test_in_a_single_scope_nobody_else_computes(crew):
-    """Each device has such scopes at turns of its own, some of them at the same turn."""
-    computing, single, scopes = set(), [], []
+def test_one_thread_runs_at_a_time(crew):
+    running, turns = [], []
 
     def work(place, tensors):
-        for turn in range(60):
-            if turn % (place + 2) == 0:
-                with others_at_rest():
-                    single.append(place)
-                    scopes.append(place)
-                    time.sleep(0.001)
-                    assert single == [place] and not computing
-                    single.pop()
-            computing.add(place)
-            assert not single
-            computing.discard(place)
+        for turn in range(30):
+            running.append(place)
+            time.sleep(0.0005)
+            assert running == [place]
+            running.remove(place)
+            turns.append(turn)
             assert met(place, [tensors[0] + turn])[0] == turn
         return tensors[0]
 
     crew.run([[torch.zeros(1, dtype=torch.long)]] * 3, (1, 1, 1), work)
-    assert [scopes.count(place) for place in range(3)] == [30, 20, 15]
+    assert turns == sorted(turns) and len(turns) == 90, "none is more than a turn ahead"
 
 
-def test_who_meets_others_in_a_single_scope_ends_all_instead_of_waiting_for_ever(crew):
+@pytest.mark.parametrize("turns", [0, 1])
+def test_an_interrupt_of_one_that_waits_leaves_nobody_waiting(crew, turns, monkeypatch):
+    """As a signal ends the main thread's wait, whether it waits for rows or to run."""
+    acquired = []
+
+    class Interrupted:
+        def __init__(self, lock):
+            self.lock = lock
+
+        def acquire(self):
+            acquired.append(1)
+            if len(acquired) > turns:
+                raise KeyboardInterrupt
+            return self.lock.acquire()
+
+        def release(self):
+            self.lock.release()
+
+    begin = exchange.Exchange.__init__
+
+    def broken(self, counts):
+        begin(self, counts)
+        self._go[0] = Interrupted(self._go[0])
+
+    monkeypatch.setattr(exchange.Exchange, "__init__", broken)
+
     def work(place, tensors):
-        with others_at_rest():
+        for _ in range(4):
+            # The first to come waits for the others.
+            time.sleep(0.01 * (place == 0))
             met(place, tensors)
         return tensors[0]
 
-    with pytest.raises(DeviceFailed, match="ended before this one"):
+    with pytest.raises(KeyboardInterrupt):
         crew.run([[torch.zeros(1, dtype=torch.long)]] * 3, (1, 1, 1), work)
-
-
-def test_a_single_scope_ends_where_a_device_left(crew):
-    ended = []
-
-    def work(place, tensors):
-        met(place, tensors)
-        if place == 1:
-            raise OSError("gone")
-        try:
-            with others_at_rest():
-                pytest.fail("a device had left")
-        except Abandoned as error:
-            ended.append(error)
-            raise
-
-    with pytest.raises(DeviceFailed, match="cpu:1 failed: gone"):
-        crew.run([[torch.zeros(1, dtype=torch.long)]] * 3, (1, 1, 1), work)
-    assert len(ended) == 2
-    with others_at_rest():
-        pass
 
 
 class Block(nn.Module):
