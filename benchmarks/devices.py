@@ -74,10 +74,9 @@ def measure(
         rows = [row for size in sizes for row in measure_size(sides, size, steps, cpu)]
     where = "imitated devices" if cpu else torch.cuda.get_device_name()
     print(f"\n{count} x {where}, torch {torch.__version__}, shape of {shape}")
-    print_table([("", "    pixels   ms/step   x one   cold s  graphs  rel. diff"), *rows])
+    print_table([("", "    pixels   ms/step   x one   cold s  graphs  rel. diff"), *map(_line, rows)])
     if json:
-        named = [{"name": name, "row": str(row).split()} for name, row in rows]
-        write_json(json, {**gpu_host.about(), "devices": count, "rows": named})
+        write_json(json, {**gpu_host.about(), "devices": count, "shape": shape, "rows": rows})
     return sides
 
 
@@ -90,7 +89,12 @@ def split(model: Any, count: int) -> Any:
         return split_repeated_blocks(model, ", ".join(map(str, range(count))), NodeText(None))
 
 
-def measure_size(sides: Sequence[Side], size: int, steps: int, cpu: bool) -> list[tuple[str, object]]:
+def _line(row: dict[str, Any]) -> tuple[str, object]:
+    numbers = f"{row['pixels']:10}{row['ms']:10.1f}{row['times_one']:8.2f}{row['cold_seconds']:9.1f}{row['graphs']:8}"
+    return row["name"], f"{numbers}{row['difference']:11.1e}"
+
+
+def measure_size(sides: Sequence[Side], size: int, steps: int, cpu: bool) -> list[dict[str, Any]]:
     """Rows of the table at ``size``; times of earlier sizes are forgotten."""
 
     def sample(model: Any, count: int) -> tuple[Tensor, list[float]]:
@@ -107,9 +111,9 @@ def measure_size(sides: Sequence[Side], size: int, steps: int, cpu: bool) -> lis
     for _ in range(ROUNDS):
         for side in sides:
             side.steps += sample(side.model, steps)[1][1:]
-    rows: list[tuple[str, object]] = []
+    rows = []
     for one, side in zip([each for each in sides[::2] for _ in range(2)], sides, strict=True):
         middle, alone = median(side.steps), median(one.steps)
-        numbers = f"{size:10}{middle:10.1f}{alone / middle:8.2f}{side.cold_seconds:9.1f}{side.graphs:8}"
-        rows.append((side.name, f"{numbers}{side.difference:11.1e}"))
+        told = dict(name=side.name, pixels=size, ms=middle, times_one=alone / middle)
+        rows.append(told | dict(cold_seconds=side.cold_seconds, graphs=side.graphs, difference=side.difference))
     return rows

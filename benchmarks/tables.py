@@ -168,6 +168,34 @@ def _card_side(name: str) -> str:
     return SIDES[name]
 
 
+def devices() -> str:
+    """One image by two H200s, beside one."""
+    rows: dict[tuple[str, int], dict[int, dict[str, Any]]] = {}
+    seen = read("devices_h200")
+    for row in seen["rows"]:
+        name, shared, _ = row["name"].partition(f", {seen['devices']} devices")
+        rows.setdefault((name, seen["devices"] if shared else 1), {})[row["pixels"]] = row
+    sizes = sorted({row["pixels"] for row in seen["rows"]})
+    return markdown(
+        ["A step", "GPUs", *(f"{size}x{size}" for size in sizes)],
+        (
+            (
+                _devices_side(name),
+                str(count),
+                *(f"{at[size]['ms']:.0f} ms ({at[size]['times_one']:.2f}x)" for size in sizes),
+            )
+            for (name, count), at in rows.items()
+        ),
+    )
+
+
+def _devices_side(name: str) -> str:
+    format = name.removeprefix("ours, ")
+    nodes = [] if format == "eager" else [f"Quantize (`{format}`)"]
+    nodes += ["Compile Repeated Blocks"] if name.startswith("ours") else []
+    return ", ".join(nodes) or SIDES["eager"]
+
+
 def streamed() -> str:
     """What streaming cost on the H200, beside what the model of the bus said."""
     rows = []
@@ -285,6 +313,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "dynamic": dynamic,
     "first-steps": first_steps,
     "cards": cards,
+    "devices": devices,
     "streamed": streamed,
     "graphs": graphs,
     "int8": int8,
