@@ -15,6 +15,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
+from unittest.mock import patch
 
 import comfy.hooks
 import comfy.model_management
@@ -27,6 +28,8 @@ from ..host.compiling.compile import compile_repeated_blocks, compiled_blocks
 from ..host.quantizing.quantize import quantize_repeated_blocks
 from ..host.residency.offload import OffloadSettings, offload_repeated_blocks
 from ..host.residency.streaming import streamable_layers
+from ..host.splitting.copies import KEY as SPLIT
+from ..host.splitting.split import split_repeated_blocks
 from ..host.telling.progress import NodeText
 from ..hotpath.counters import graphs_so_far
 from ..hotpath.region_store import RegionStore
@@ -42,6 +45,7 @@ TOLERANCE = 1e-4
 QUANTIZED_TOLERANCE = 0.05
 # The seeds of graphs that come on models loaded anew are multiples of it.
 _FRESH = 7
+_DEVICES = [torch.device("cpu"), torch.device("cpu", 1), torch.device("cpu", 2)]
 # Seconds between two lines of progress.
 _QUIET = 10
 # The compiler's own words, which no user should meet.
@@ -69,13 +73,14 @@ class Failure:
 @dataclass
 class Fuzzed:
     """What was seen. Counted in graphs are the reasons for which blocks ran ``eager``, for ``recompiles``, what eager
-    itself raised (``refused``), and ``features``."""
+    itself raised (``refused``), and ``features``; ``shared`` are those that several devices computed."""
 
     seed: int
     graphs: int = 0
     compiled_graphs: int = 0
     largest_difference: float = 0.0
     not_finite: int = 0
+    shared: int = 0
     refused: Counter[str] = field(default_factory=Counter)
     eager: Counter[str] = field(default_factory=Counter)
     recompiles: Counter[str] = field(default_factory=Counter)
@@ -134,6 +139,7 @@ def rows(seen: Fuzzed) -> list[tuple[str, object]]:
         ("largest difference, relative", f"{seen.largest_difference:.1e}"),
         ("graphs compiled", seen.compiled_graphs),
         ("not finite in eager either", seen.not_finite),
+        ("computed by several devices", seen.shared),
         *((f"raised by eager too: {what}", count) for what, count in seen.refused.most_common()),
         *((f"eager: {reason}", count) for reason, count in seen.eager.most_common()),
         *((f"compiled again: {reason}", count) for reason, count in seen.recompiles.most_common()),
@@ -160,16 +166,21 @@ class _World:
     def __init__(self) -> None:
         self._models: dict[str, tuple[dict[str, Tensor], Any]] = {}
         self._blocks: Any = None
+        self._devices = patch.object(
+            comfy.model_management, "get_all_torch_devices", lambda exclude_current=False: list(_DEVICES)
+        )
 
     def __enter__(self) -> _World:
         self._regions = host_compile.REGIONS
         self._level = logging.root.manager.disable
         logging.disable(logging.WARNING)
+        self._devices.start()
         self.renew()
         return self
 
     def __exit__(self, *exc: object) -> None:
         self._forget()
+        self._devices.stop()
         logging.disable(self._level)
         host_compile.REGIONS = self._regions
 
@@ -190,7 +201,7 @@ class _World:
         if graph.seed % _FRESH == 0:
             self._forget()
         # Whichever comes first may find a MODEL that was never loaded, and leave behind what the other one meets.
-        ran = {fast: self._latent(graph, fast) for fast in (graph.seed % 2 == 0, graph.seed % 2 == 1)}
+        ran = {fast: self._latent(graph, fast, seen) for fast in (graph.seed % 2 == 0, graph.seed % 2 == 1)}
         (want, refused), (got, failed) = ran[False], ran[True]
         seen.compiled_graphs += graphs_so_far() - before
         if refused is not None or failed is not None:
@@ -228,7 +239,7 @@ class _World:
             return f"blocks are not accounted for: {counts}"
         return ""
 
-    def _latent(self, graph: Graph, fast: bool) -> tuple[Tensor | None, Exception | None]:
+    def _latent(self, graph: Graph, fast: bool, seen: Fuzzed) -> tuple[Tensor | None, Exception | None]:
         torch.manual_seed(graph.seed)
         try:
             # As the host's nodes run.
@@ -250,6 +261,7 @@ class _World:
             )
             if fast:
                 self._blocks = compiled_blocks(model)
+                seen.shared += any(shared.steps for shared in model.get_wrappers("apply_model", SPLIT))
             return latent, None
         except Exception as error:
             # Whatever it is, the other side must give the same.
@@ -274,6 +286,8 @@ class _World:
             if each.how == "bypass":
                 model, _ = comfy.sd.load_bypass_lora_for_models(model, None, file, each.strength, 0)
         model = _patched(model, graph.patches)
+        if graph.devices > 1 and fast:
+            model = split_repeated_blocks(model, ", ".join(map(str, range(graph.devices))), NodeText(None))
         if graph.offload and (fast or _streamed_is_another(graph)):
             budget, ahead, modulation, resident = graph.offload
             lean = OffloadSettings(budget, ahead, True, modulation, resident)
@@ -292,8 +306,16 @@ class _World:
             self._models[name] = layers, model
         if name not in self._models:
             weights = MODELS[name]()
-            self._models[name] = weights, load({key: weight.clone() for key, weight in weights.items()})
+            model = _load(weights)
+            # As of a model from a file.
+            model.cached_patcher_init = _load, (weights,)
+            self._models[name] = weights, model
         return self._models[name]
+
+
+def _load(weights: dict[str, Tensor], disable_dynamic: bool = True) -> Any:
+    """A MODEL as a loader of the host makes it, by whose names for it the host asks for another."""
+    return load({key: weight.clone() for key, weight in weights.items()})
 
 
 def _streamed_is_another(graph: Graph) -> bool:

@@ -70,7 +70,8 @@ class Adapter:
 
 @dataclass(frozen=True)
 class Graph:
-    """A prompt. Sizes are in pixels; ``references`` are sizes of reference latents in theirs.
+    """A prompt. Sizes are in pixels; ``references`` are sizes of reference latents in theirs; with more than one of
+    ``devices``, which are imitated, tokens are shared out.
 
     ``patches`` stand before Compile Repeated Blocks and ``patches_after`` behind it.
     """
@@ -98,6 +99,7 @@ class Graph:
     dynamic: str = "auto"
     double_blocks: str = "all"
     single_blocks: str = "all"
+    devices: int = 1
 
     def __repr__(self) -> str:
         return _text(self)
@@ -133,6 +135,13 @@ def random_graph(seed: int, number: int) -> Graph:
         double_blocks=perhaps(0.1, ("0", "none"), "all"),
         single_blocks=perhaps(0.1, ("1-2", "0"), "all"),
     )
+    share = random.Random(f"{seed} devices {number}")
+    if share.random() < few.shared and graph.model not in FAMILIES:
+        graph = replace(graph, devices=share.choice((2, 3)))
+        if share.random() < 0.8:
+            # What is in the way of sharing out is as frequent otherwise as to leave nothing to share out.
+            adapters = tuple(each for each in graph.adapters if each.how == "weights")
+            graph = replace(graph, adapters=adapters, patches=(), patches_after=(), offload=None)
     if graph.model in FAMILIES:
         return replace(
             graph,
@@ -169,6 +178,8 @@ class _Few:
         self.format = choose.choice((*EXACT_FORMATS, *ROUNDING_FORMATS))
         self.method = choose.choice(("offset", "index", "uxo", "index_timestep_zero"))
         modulation = choose.choice(("ahead", "in place"))
+        # The graphs of several devices are others than those of one.
+        self.shared = choose.choice((0, 0, 0.5))
         self.offloads = [
             (budget, prefetch, modulation, resident)
             for budget in ("0 %", "40%", "auto")
@@ -193,7 +204,7 @@ def plainer(graph: Graph) -> Iterator[Callable[[Graph], Graph]]:
     """Changes that each make a graph plainer, the large ones first."""
     defaults = {item.name: item.default for item in fields(Graph)}
     shape = ("width", "height", "batch", "tokens", "steps", "frames", "sampler", "scheduler", "cfg", "seed")
-    nodes = ("offload", "quantize", "backend", "dynamic", "double_blocks", "single_blocks")
+    nodes = ("devices", "offload", "quantize", "backend", "dynamic", "double_blocks", "single_blocks")
     rest = [
         ("mask",),
         ("references", "references_method"),
@@ -225,6 +236,7 @@ def features(graph: Graph) -> Iterator[str]:
         ("CFG", graph.cfg != 1),
         ("batch", graph.batch > 1),
         ("size not of 16", graph.width % 16 or graph.height % 16),
+        ("devices", graph.devices > 1),
         ("some blocks", (graph.double_blocks, graph.single_blocks) != ("all", "all")),
     ):
         if has:

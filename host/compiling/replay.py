@@ -124,8 +124,10 @@ class Replays:
         """A call of the model begins on ``device``, with these options."""
         self.last = call
         call.alone = _OF_A_DEVICE not in options
-        recordings = recordings_on(device) if self.wanted else None
-        if recordings is not None:
+        if self.wanted and recordings_on(device) is not None:
+            self._devices.add(device)
+        # Tokens may be shared out over those of earlier calls.
+        for recordings in self._own():
             recordings.begin()
 
     def run(

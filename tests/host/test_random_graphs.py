@@ -10,10 +10,12 @@ from hotpath_pack.host.layers import bypass
 from hotpath_pack.host.residency import weights
 
 
-def test_a_minute_of_random_graphs():
-    seen = fuzz(seed=0, seconds=60, graphs=8, most_failures=1)
+@pytest.mark.parametrize("seed, shared", [(0, False), (23, True)], ids=["another family", "Flux over devices"])
+def test_a_minute_of_random_graphs(seed, shared):
+    seen = fuzz(seed, seconds=30, graphs=6, most_failures=1)
     assert not seen.failures, seen.failures[0].as_test()
-    assert seen.graphs and not seen.refused, seen
+    assert seen.graphs > 2 * seen.refused.total(), seen
+    assert bool(seen.shared) == shared
 
 
 def test_a_layer_that_was_left_alone_in_a_quantized_model_has_no_format():
