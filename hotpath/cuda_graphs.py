@@ -7,6 +7,7 @@ after another share all of it.
 
 from __future__ import annotations
 
+import gc
 import threading
 import warnings
 from collections.abc import Callable, Hashable, Iterator
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor
 
 from .internal_memory import clear_workspaces, current_stream, leave_pool
+from .limits import nobody_compiling
 from .pieces import PieceRecorder, Unrecordable
 
 Launch = Callable[[dict[str, Tensor]], None]
@@ -26,7 +28,30 @@ _capturing = threading.Lock()
 
 
 class Busy(RuntimeError):
-    """Another thread is recording."""
+    """Another thread is recording, or compiling."""
+
+
+@contextmanager
+def undisturbed() -> Iterator[None]:
+    """A scope in which no other thread records, or gives memory back as kernels that are timed and garbage that Python
+    collects do: with another allocator than PyTorch's own that breaks a recording off, and can end the process.
+
+    Raises:
+        Busy: another thread is at it.
+    """
+    if not _capturing.acquire(blocking=False):
+        raise Busy("another thread is recording")
+    collects = gc.isenabled()
+    try:
+        with nobody_compiling() as free:
+            if not free:
+                raise Busy("another thread is compiling")
+            gc.disable()
+            yield
+    finally:
+        if collects:
+            gc.enable()
+        _capturing.release()
 
 
 class Recording(Protocol):
@@ -46,7 +71,7 @@ class Recorder(Protocol):
         """Record what ``run(weights)`` launches, without running it. Of ``weights`` it holds the addresses alone.
 
         Raises:
-            Busy: another thread is recording.
+            Busy: another thread is recording, or compiling.
         """
 
     def stream(self) -> Hashable:
@@ -80,16 +105,11 @@ class CudaGraphs:
         self._pieces = None if self._captures.own else PieceRecorder(device, self._captures)
 
     def record(self, run: Launch, weights: dict[str, Tensor]) -> Recording:
-        if not _capturing.acquire(blocking=False):
-            raise Busy("another thread is recording")
-        try:
-            with torch.cuda.device(self._device):
-                if self._pieces is not None:
-                    return self._pieces.record(run, weights)
-                with self._captures.stream():
-                    return self._captures.whole(run, weights)
-        finally:
-            _capturing.release()
+        with undisturbed(), torch.cuda.device(self._device):
+            if self._pieces is not None:
+                return self._pieces.record(run, weights)
+            with self._captures.stream():
+                return self._captures.whole(run, weights)
 
     def stream(self) -> Hashable:
         return current_stream(self._device)

@@ -42,3 +42,14 @@ def compiling(limit: int | None = None, any_size: bool = False) -> Iterator[None
         with config.patch(recompile_limit=limit, fail_on_recompile_limit_hit=True, suppress_errors=False):
             with _shapes.patch(**{_ANY_SIZE: True}) if any_size and ANY_SIZE else nullcontext():
                 yield
+
+
+@contextmanager
+def nobody_compiling() -> Iterator[bool]:
+    """A scope in which no other thread compiles, and whether that could be had without waiting for one."""
+    free = _lock.acquire(blocking=False)
+    try:
+        yield free
+    finally:
+        if free:
+            _lock.release()

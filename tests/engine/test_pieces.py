@@ -1,16 +1,19 @@
 """Recordings in pieces: no memory is taken within one, and it computes what the code does."""
 
 import gc
+import threading
 from contextlib import nullcontext
 from functools import partial
 
 import pytest
 import torch
 from hotpath_pack.hotpath import internal_memory, pieces
+from hotpath_pack.hotpath.cuda_graphs import Busy, undisturbed
 from hotpath_pack.hotpath.exchange import exchange_rows
 from hotpath_pack.hotpath.first_run import alone
 from hotpath_pack.hotpath.graphs import compile_graph, load_graph
 from hotpath_pack.hotpath.internal_memory import lends
+from hotpath_pack.hotpath.limits import compiling
 from hotpath_pack.hotpath.pieces import Arena, PieceRecorder, Unrecordable, _Full
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -277,3 +280,26 @@ def test_inductors_code_that_takes_memory_otherwise_is_not_recorded(monkeypatch)
     monkeypatch.setattr(internal_memory, "_code", {runner: {"empty_strided_cpu_v2": torch.empty_strided}})
     with pytest.raises(RuntimeError, match="not known"), lends(CPU, torch.empty_strided):
         pass
+
+
+@pytest.mark.parametrize("other", [compiling, undisturbed], ids=["compiles", "records"])
+def test_nothing_is_recorded_while_another_thread_gives_memory_back(other):
+    begun, end = threading.Event(), threading.Event()
+
+    def work():
+        with other():
+            begun.set()
+            end.wait()
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    begun.wait()
+    with pytest.raises(Busy), undisturbed():
+        pytest.fail("another thread is at it")
+    end.set()
+    thread.join()
+    assert gc.isenabled()
+    with pytest.raises(ValueError), undisturbed():
+        assert not gc.isenabled(), "what is collected may hold memory of the device"
+        raise ValueError
+    assert gc.isenabled()
