@@ -8,7 +8,6 @@ from contextlib import nullcontext
 from pathlib import Path
 from statistics import median
 from typing import Any
-from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -49,18 +48,16 @@ def measure(
         RuntimeError: a side was not shared out, or there are fewer devices.
     """
     gpu_host.start(dynamic_vram=False, cpu=cpu)
-    import comfy.model_management
     import comfy.sd
 
-    imitated = [torch.device("cpu", number) if number else torch.device("cpu") for number in range(count)]
-    there = patch.object(comfy.model_management, "get_all_torch_devices", lambda exclude_current=False: imitated)
+    there = gpu_host.imitated_devices(count) if cpu else nullcontext()
     make, real_blocks, real_hidden = SHAPES[shape]
     dtype = torch.float32 if cpu else torch.bfloat16
     made_on = "cpu" if cpu else "cuda"
     made = make(*(blocks or real_blocks), hidden=hidden or real_hidden, dtype=dtype, device=made_on)
     weights = {name: weight.cpu() for name, weight in made.items()}
     del made
-    with tempfile.TemporaryDirectory() as folder, there if cpu else nullcontext():
+    with tempfile.TemporaryDirectory() as folder, there:
         path = checkpoints.save(Path(folder, "model.safetensors"), weights)
         with torch.inference_mode():
             eager = comfy.sd.load_diffusion_model(str(path))
@@ -114,6 +111,15 @@ def measure_size(sides: Sequence[Side], size: int, steps: int, cpu: bool) -> lis
     rows = []
     for one, side in zip([each for each in sides[::2] for _ in range(2)], sides, strict=True):
         middle, alone = median(side.steps), median(one.steps)
-        told = dict(name=side.name, pixels=size, ms=middle, times_one=alone / middle)
-        rows.append(told | dict(cold_seconds=side.cold_seconds, graphs=side.graphs, difference=side.difference))
+        rows.append(
+            {
+                "name": side.name,
+                "pixels": size,
+                "ms": middle,
+                "times_one": alone / middle,
+                "cold_seconds": side.cold_seconds,
+                "graphs": side.graphs,
+                "difference": side.difference,
+            }
+        )
     return rows

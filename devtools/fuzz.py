@@ -15,7 +15,6 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
-from unittest.mock import patch
 
 import comfy.hooks
 import comfy.model_management
@@ -36,6 +35,7 @@ from ..hotpath.region_store import RegionStore
 from ..hotpath.settings import CompileSettings
 from .adapters import adapter
 from .family_models import tiny
+from .gpu_host import imitated_devices
 from .graphs import FAMILIES, MODELS, ROUNDING_FORMATS, Graph, features, plainer, random_graph
 from .patches import PATCHES
 from .sampling import load, sample
@@ -45,7 +45,6 @@ TOLERANCE = 1e-4
 QUANTIZED_TOLERANCE = 0.05
 # The seeds of graphs that come on models loaded anew are multiples of it.
 _FRESH = 7
-_DEVICES = [torch.device("cpu"), torch.device("cpu", 1), torch.device("cpu", 2)]
 # Seconds between two lines of progress.
 _QUIET = 10
 # The compiler's own words, which no user should meet.
@@ -166,9 +165,7 @@ class _World:
     def __init__(self) -> None:
         self._models: dict[str, tuple[dict[str, Tensor], Any]] = {}
         self._blocks: Any = None
-        self._devices = patch.object(
-            comfy.model_management, "get_all_torch_devices", lambda exclude_current=False: list(_DEVICES)
-        )
+        self._devices = imitated_devices(3)
 
     def __enter__(self) -> _World:
         self._regions = host_compile.REGIONS

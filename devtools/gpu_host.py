@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from statistics import median
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -57,6 +58,14 @@ def start(dynamic_vram: bool = True, cpu: bool = False) -> None:
     aimdo.set_log_error()
     comfy.model_patcher.CoreModelPatcher = comfy.model_patcher.ModelPatcherDynamic
     comfy.memory_management.aimdo_enabled = True
+
+
+def imitated_devices(count: int) -> Any:
+    """A scope, a patch to start and to stop, in which the host finds so many devices, which are all the CPU."""
+    import comfy.model_management
+
+    devices = [torch.device("cpu", number) if number else torch.device("cpu") for number in range(count)]
+    return patch.object(comfy.model_management, "get_all_torch_devices", lambda exclude_current=False: list(devices))
 
 
 def about() -> dict[str, str]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -22,6 +22,18 @@ from .first_run import stands_in, waiting_for_others
 
 class Abandoned(RuntimeError):
     """Another device ended before it gave what this one waits for."""
+
+
+class Streams:
+    """A stream of each CUDA device, made when it is first asked for."""
+
+    def __init__(self) -> None:
+        self._made: dict[torch.device, torch.cuda.Stream] = {}
+
+    def of(self, device: torch.device) -> torch.cuda.Stream:
+        if device not in self._made:
+            self._made[device] = torch.cuda.Stream(device)
+        return self._made[device]
 
 
 class _Arrival(NamedTuple):
@@ -43,24 +55,25 @@ class Exchange:
 
     Args:
         counts: rows of each device.
+        streams: those that rows leave on.
     """
 
-    def __init__(self, counts: Sequence[int]) -> None:
+    def __init__(self, counts: Sequence[int], streams: Streams) -> None:
         self._counts = counts
-        self._turns = [0] * len(counts)
-        self._done = 0
+        self._streams = streams
+        # Nobody arrives for the next turn before all have for this one.
+        self._turn = 0
+        self._arrived: dict[int, _Arrival] = {}
         self._failed = False
-        self._arrived: dict[int, dict[int, _Arrival]] = {}
         self._left: set[int] = set()
-        # Who runs, who may run next, in order, and who waits for rows of which turn.
+        # Who runs, who may run next, in order, and who waits for rows.
         self._running: int | None = None
         self._ready: deque[int] = deque()
-        self._waiting: dict[int, int] = {}
+        self._waiting: list[int] = []
         self._go = [threading.Lock() for _ in counts]
         for held in self._go:
             held.acquire()
         self._guard = threading.Lock()
-        self._streams: dict[torch.device, torch.cuda.Stream] = {}
 
     @contextmanager
     def taking_part(self, place: int) -> Iterator[None]:
@@ -90,20 +103,18 @@ class Exchange:
             raise ValueError(f"{len(mine)} of {len(all)} tokens are not those of this device")
         arrival = _arrival(mine, all)
         all[: len(mine)].copy_(mine)
-        turn = self._turns[place]
-        self._turns[place] += 1
-        arrived = self._arrived.setdefault(turn, {})
-        arrived[place] = arrival
-        if len(arrived) == len(self._counts):
-            self._complete(turn, arrived)
+        turn = self._turn
+        self._arrived[place] = arrival
+        if len(self._arrived) == len(self._counts):
+            self._complete()
             return
         with self._guard:
-            if self._failed or self._left - arrived.keys():
+            if self._failed or self._left - self._arrived.keys():
                 raise Abandoned("another device ended before this one")
-            self._waiting[place] = turn
+            self._waiting.append(place)
             self._next()
         self._go[place].acquire()
-        if self._done <= turn:
+        if self._turn == turn:
             raise Abandoned("another device ended before this one")
 
     def leave(self, place: int) -> None:
@@ -111,27 +122,29 @@ class Exchange:
         with self._guard:
             self._left.add(place)
             # An interrupt may end it while it waits.
-            self._waiting.pop(place, None)
-            if place in self._ready:
-                self._ready.remove(place)
-            for other, turn in list(self._waiting.items()):
-                if self._failed or place not in self._arrived[turn]:
-                    del self._waiting[other]
-                    self._ready.append(other)
+            for places in (self._waiting, self._ready):
+                if place in places:
+                    places.remove(place)
+            if self._failed or place not in self._arrived:
+                self._resume()
             if self._running in (None, place):
                 self._next()
 
-    def _complete(self, turn: int, arrived: Mapping[int, _Arrival]) -> None:
+    def _complete(self) -> None:
         try:
-            self._move(arrived)
+            self._move()
         except BaseException:
             self._failed = True
             raise
         with self._guard:
-            del self._arrived[turn]
-            self._done = turn + 1
-            self._ready.extend(self._waiting)
-            self._waiting.clear()
+            self._arrived.clear()
+            self._turn += 1
+            self._resume()
+
+    def _resume(self) -> None:
+        """Those that wait for rows may run, within the guard."""
+        self._ready.extend(self._waiting)
+        self._waiting.clear()
 
     def _next(self) -> None:
         """Let the next thread run, within the guard."""
@@ -139,42 +152,35 @@ class Exchange:
         if self._running is not None:
             self._go[self._running].release()
 
-    def _move(self, arrived: Mapping[int, _Arrival]) -> None:
+    def _move(self) -> None:
+        arrived = self._arrived
         for source, given in arrived.items():
-            leaving = None if given.stream is None else self._stream(given.mine.device)
-            if leaving is None:
-                self._give(source, given.mine, arrived)
+            if given.stream is None:
+                self._give(source, given.mine)
                 continue
+            leaving = self._streams.of(given.mine.device)
             for other in arrived.values():
                 if other.reached is not None:
                     leaving.wait_event(other.reached)
             with torch.cuda.stream(leaving):
-                self._give(source, given.mine, arrived)
-                given_away = torch.cuda.Event()
-                given_away.record(leaving)
+                self._give(source, given.mine)
+                given_away = leaving.record_event()
             for other in arrived.values():
                 if other.stream is not None:
                     other.stream.wait_event(given_away)
 
-    def _give(self, source: int, rows: Tensor, arrived: Mapping[int, _Arrival]) -> None:
-        for place, wanted in arrived.items():
+    def _give(self, source: int, rows: Tensor) -> None:
+        for place, wanted in self._arrived.items():
             if place != source:
-                start = self._counts[place] + sum(self._counts[:source])
-                start -= self._counts[place] if place < source else 0
+                start = sum(self._counts[:source]) + (self._counts[place] if place > source else 0)
                 wanted.all[start : start + len(rows)].copy_(rows, non_blocking=True)
-
-    def _stream(self, device: torch.device) -> torch.cuda.Stream:
-        if device not in self._streams:
-            self._streams[device] = torch.cuda.Stream(device)
-        return self._streams[device]
 
 
 def _arrival(mine: Tensor, all: Tensor) -> _Arrival:
     if not mine.is_cuda:
         return _Arrival(mine, all, None, None)
-    stream, reached = torch.cuda.current_stream(mine.device), torch.cuda.Event()
-    reached.record(stream)
-    return _Arrival(mine, all, stream, reached)
+    stream = torch.cuda.current_stream(mine.device)
+    return _Arrival(mine, all, stream, stream.record_event())
 
 
 class _Current(threading.local):

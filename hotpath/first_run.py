@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from typing import Any
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any, TypeVar
 
 from .values import Copies
+
+T = TypeVar("T")
 
 
 class _Current(threading.local):
@@ -44,33 +46,29 @@ class FirstRun:
 
 
 @contextmanager
-def waiting_for_others() -> Iterator[None]:
+def _holding(name: str, value: T) -> Iterator[T]:
+    """A scope in which this thread's ``_current`` holds ``value``."""
+    before = getattr(_current, name)
+    setattr(_current, name, value)
+    try:
+        yield value
+    finally:
+        setattr(_current, name, before)
+
+
+def waiting_for_others() -> AbstractContextManager[bool]:
     """A scope in which attention on this thread waits for other threads."""
-    before, _current.waits = _current.waits, True
-    try:
-        yield
-    finally:
-        _current.waits = before
+    return _holding("waits", True)
 
 
-@contextmanager
-def first_run(inputs: Mapping[str, Any]) -> Iterator[FirstRun]:
+def first_run(inputs: Mapping[str, Any]) -> AbstractContextManager[FirstRun]:
     """A scope in which code runs under the lock of compiling."""
-    before, _current.run = _current.run, FirstRun(inputs)
-    try:
-        yield _current.run
-    finally:
-        _current.run = before
+    return _holding("run", FirstRun(inputs))
 
 
-@contextmanager
-def alone() -> Iterator[None]:
+def alone() -> AbstractContextManager[bool]:
     """A scope in which attention on this thread waits for nobody, since what it gives is only compared."""
-    before, _current.alone = _current.alone, True
-    try:
-        yield
-    finally:
-        _current.alone = before
+    return _holding("alone", True)
 
 
 def stands_in() -> bool:

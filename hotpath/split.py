@@ -21,7 +21,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .exchange import Abandoned, Exchange, exchanging
+from .exchange import Abandoned, Exchange, Streams, exchanging
 
 # A dimension of one is a structure of its own to a compiler, and none is no part of a sequence.
 FEWEST_TOKENS = 2
@@ -96,10 +96,8 @@ class Given(NamedTuple):
 
 def give(tensors: Sequence[Tensor]) -> Given:
     """What the current stream of the device of ``tensors`` computes, for another device to ``take``."""
-    complete = None
-    if tensors and tensors[0].is_cuda:
-        complete = torch.cuda.Event()
-        complete.record(torch.cuda.current_stream(tensors[0].device))
+    on_cuda = bool(tensors) and tensors[0].is_cuda
+    complete = torch.cuda.current_stream(tensors[0].device).record_event() if on_cuda else None
     return Given(tuple(tensors), complete)
 
 
@@ -108,7 +106,7 @@ class PeerCopies:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._streams: dict[torch.device, torch.cuda.Stream] = {}
+        self._streams = Streams()
 
     def take(self, given: Given) -> tuple[Tensor, ...]:
         """``given`` on this device, complete for what its current stream runs next."""
@@ -117,7 +115,7 @@ class PeerCopies:
             return tuple(tensor.to(self._device) for tensor in given.tensors)
         current = torch.cuda.current_stream(self._device)
         # PyTorch copies on the current stream of the source and has that of the target wait for it.
-        leaving, arriving = self._stream(source), self._stream(self._device)
+        leaving, arriving = self._streams.of(source), self._streams.of(self._device)
         leaving.wait_event(given.complete)
         with torch.cuda.stream(leaving), torch.cuda.stream(arriving):
             taken = tuple(tensor.to(self._device, non_blocking=True) for tensor in given.tensors)
@@ -126,11 +124,6 @@ class PeerCopies:
             tensor.record_stream(leaving)
             copy.record_stream(current)
         return taken
-
-    def _stream(self, device: torch.device) -> torch.cuda.Stream:
-        if device not in self._streams:
-            self._streams[device] = torch.cuda.Stream(device)
-        return self._streams[device]
 
 
 class Crew:
@@ -143,6 +136,7 @@ class Crew:
         self.devices = tuple(devices)
         self._enter = enter
         self._copies = [PeerCopies(device) for device in devices]
+        self._streams = Streams()
         self._threads = [ThreadPoolExecutor(1, f"hotpath split {device}") for device in devices[1:]]
 
     def run(
@@ -160,7 +154,7 @@ class Crew:
         Raises:
             DeviceFailed: on one of them. All have ended then.
         """
-        exchange = Exchange(counts)
+        exchange = Exchange(counts, self._streams)
         given = [give(each) for each in tensors]
         inference, grad = torch.is_inference_mode_enabled(), torch.is_grad_enabled()
 

@@ -48,7 +48,7 @@ def is_overridden(options: Mapping[str, Any]) -> bool:
 
 class SharedAttention:
     """An override of the host's attention where tokens are shared out over devices: the queries of one, the keys and
-    values of all, which have ``tokens``. Blocks that know it trace the exchange."""
+    values of all, which have ``tokens``. Blocks that know it trace the exchange; it is called with heads apart."""
 
     def __init__(self, tokens: int) -> None:
         self.tokens = tokens
@@ -63,11 +63,7 @@ class SharedAttention:
         *args: Any,
         **kwargs: Any,
     ) -> Tensor:
-        by_head = bool(kwargs.get("skip_reshape"))
-        pair = (k, v) if by_head else (k.unsqueeze(1), v.unsqueeze(1))
-        keys, values = (x.contiguous() for x in exchanged(*pair, self.tokens))
-        if not by_head:
-            keys, values = keys.squeeze(1), values.squeeze(1)
+        keys, values = (x.contiguous() for x in exchanged(k, v, self.tokens))
         return attention(q, keys, values, heads, *args, **kwargs)
 
 

@@ -208,8 +208,8 @@ def test_an_interrupt_of_one_that_waits_leaves_nobody_waiting(crew, turns, monke
 
     begin = exchange.Exchange.__init__
 
-    def broken(self, counts):
-        begin(self, counts)
+    def broken(self, *args):
+        begin(self, *args)
         self._go[0] = Interrupted(self._go[0])
 
     monkeypatch.setattr(exchange.Exchange, "__init__", broken)
