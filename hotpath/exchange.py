@@ -1,9 +1,9 @@
-"""Keys and values of tokens that other devices compute: one node in the graph, a meeting of threads when it runs.
+"""Keys and values of tokens that other devices compute: two nodes in the graph, a meeting of threads when they run.
 
-A device gives what it has to all others and gets theirs, so that its queries see the whole sequence. The thread that
-arrives last issues the copies of all, each on a stream of the device that gives, and has every device wait for
-those that it takes part in: nothing is copied twice, nobody meets twice, and memory that is used again at the next
-block (see ``pieces.py``) needs no other care.
+A device gives what it has to all others and takes theirs, so that its queries see the whole sequence; what it computes
+between the two, such as attention to its own, needs nobody. The thread that gives last issues the copies of all, each
+on streams of its own, and a device that takes waits for all of them: nothing is copied twice, nobody meets twice, and
+memory that is used again at the next block (see ``pieces.py``) needs no other care.
 """
 
 from __future__ import annotations
@@ -25,29 +25,29 @@ class Abandoned(RuntimeError):
 
 
 class Streams:
-    """A stream of each CUDA device, made when it is first asked for."""
+    """Streams of CUDA devices, each pair made when it is first asked for."""
 
     def __init__(self) -> None:
-        self._made: dict[torch.device, torch.cuda.Stream] = {}
+        self._made: dict[tuple[torch.device, torch.device], tuple[torch.cuda.Stream, torch.cuda.Stream]] = {}
 
-    def of(self, device: torch.device) -> torch.cuda.Stream:
-        if device not in self._made:
-            self._made[device] = torch.cuda.Stream(device)
-        return self._made[device]
+    def between(self, source: torch.device, target: torch.device) -> tuple[torch.cuda.Stream, torch.cuda.Stream]:
+        """One of ``source`` and one of ``target``, for what is copied from one to the other."""
+        if (source, target) not in self._made:
+            self._made[source, target] = torch.cuda.Stream(source), torch.cuda.Stream(target)
+        return self._made[source, target]
 
 
 class _Arrival(NamedTuple):
-    """Rows that a device gives, and those in which it wants all; on CUDA the stream that it computes on, and where that
-    was."""
+    """Rows that a device gives, and memory for those of all others; on CUDA the event after which both are there."""
 
     mine: Tensor
-    all: Tensor
-    stream: torch.cuda.Stream | None
+    theirs: Tensor
     reached: torch.cuda.Event | None
 
 
 class Exchange:
-    """Where the devices of one forward meet, which all fill equally often. Nobody waits for one that has left.
+    """Where the devices of one forward meet, which all give and take equally often, in turns. Nobody waits for one that
+    has left.
 
     One of their threads runs at a time, up to where it waits for rows: threads that all run would wait for Python's
     lock at each operator, while what they launch runs on all devices anyway. And no CUDA graph can be recorded while
@@ -55,15 +55,18 @@ class Exchange:
 
     Args:
         counts: rows of each device.
-        streams: those that rows leave on.
+        streams: those that rows are copied on.
     """
 
     def __init__(self, counts: Sequence[int], streams: Streams) -> None:
         self._counts = counts
         self._streams = streams
-        # Nobody arrives for the next turn before all have for this one.
-        self._turn = 0
+        # How often each has given, and all have. Nobody gives again before it took.
+        self._given = [0 for _ in counts]
+        self._complete = 0
         self._arrived: dict[int, _Arrival] = {}
+        self._theirs: dict[int, Tensor] = {}
+        self._copied: list[torch.cuda.Event] = []
         self._failed = False
         self._left: set[int] = set()
         # Who runs, who may run next, in order, and who waits for rows.
@@ -91,31 +94,46 @@ class Exchange:
         finally:
             self.leave(place)
 
-    def fill(self, place: int, mine: Tensor, all: Tensor) -> None:
-        """Write rows of all devices to ``all`` (rows of all, ...) of the device at ``place``: its own first, which are
-        ``mine`` (rows, ...), then those of the others in order.
+    def give(self, place: int, mine: Tensor, theirs: Tensor) -> None:
+        """Give ``mine`` (rows, ...) of the device at ``place`` to all others; nothing may write either tensor before
+        ``take``.
+
+        Args:
+            theirs: (rows of all others, ...), where they will be in the order of the devices.
+
+        Raises:
+            ValueError: rows are missing.
+        """
+        rows, others = self._counts[place], sum(self._counts) - self._counts[place]
+        if (len(mine), len(theirs)) != (rows, others):
+            raise ValueError(f"{len(mine)} rows and {len(theirs)} of others are not {rows} and {others}")
+        reached = torch.cuda.current_stream(mine.device).record_event() if mine.is_cuda else None
+        self._given[place] += 1
+        self._arrived[place] = _Arrival(mine, theirs, reached)
+        self._theirs[place] = theirs
+        if len(self._arrived) == len(self._counts):
+            self._give_all()
+
+    def take(self, place: int) -> Tensor:
+        """``theirs``, as given, once the rows of all others are in it for what the current stream runs next.
 
         Raises:
             Abandoned: a device that has not given left.
-            ValueError: rows are missing.
         """
-        if (len(mine), len(all)) != (self._counts[place], sum(self._counts)):
-            raise ValueError(f"{len(mine)} of {len(all)} tokens are not those of this device")
-        arrival = _arrival(mine, all)
-        all[: len(mine)].copy_(mine)
-        turn = self._turn
-        self._arrived[place] = arrival
-        if len(self._arrived) == len(self._counts):
-            self._complete()
-            return
-        with self._guard:
-            if self._failed or self._left - self._arrived.keys():
+        if self._given[place] > self._complete:
+            with self._guard:
+                if self._failed or self._left - self._arrived.keys():
+                    raise Abandoned("another device ended before this one")
+                self._waiting.append(place)
+                self._next()
+            self._go[place].acquire()
+            if self._given[place] > self._complete:
                 raise Abandoned("another device ended before this one")
-            self._waiting.append(place)
-            self._next()
-        self._go[place].acquire()
-        if self._turn == turn:
-            raise Abandoned("another device ended before this one")
+        theirs = self._theirs.pop(place)
+        # What is given is read till then, so that a device waits for its own too.
+        for copied in self._copied:
+            copied.wait(torch.cuda.current_stream(theirs.device))
+        return theirs
 
     def leave(self, place: int) -> None:
         """The device at ``place`` gives nothing more."""
@@ -130,16 +148,34 @@ class Exchange:
             if self._running in (None, place):
                 self._next()
 
-    def _complete(self) -> None:
+    def _give_all(self) -> None:
+        arrived = self._arrived
         try:
-            self._move()
+            # By turns, as each device can give and get at once.
+            pairs = [(source, place) for place in arrived for source in arrived if place != source]
+            self._copied = [copied for pair in pairs for copied in self._copy(*pair)]
         except BaseException:
             self._failed = True
             raise
         with self._guard:
             self._arrived.clear()
-            self._turn += 1
+            self._complete += 1
             self._resume()
+
+    def _copy(self, source: int, place: int) -> list[torch.cuda.Event]:
+        given, wanted = self._arrived[source], self._arrived[place]
+        start = sum(self._counts[:source]) - (self._counts[place] if place < source else 0)
+        rows = wanted.theirs[start : start + len(given.mine)]
+        if given.reached is None or wanted.reached is None:
+            rows.copy_(given.mine)
+            return []
+        leaving, arriving = self._streams.between(given.mine.device, rows.device)
+        arriving.wait_event(given.reached)
+        arriving.wait_event(wanted.reached)
+        # PyTorch copies on the current stream of the source, after and before that of the target.
+        with torch.cuda.stream(leaving), torch.cuda.stream(arriving):
+            rows.copy_(given.mine, non_blocking=True)
+            return [arriving.record_event()]
 
     def _resume(self) -> None:
         """Those that wait for rows may run, within the guard."""
@@ -151,36 +187,6 @@ class Exchange:
         self._running = self._ready.popleft() if self._ready else None
         if self._running is not None:
             self._go[self._running].release()
-
-    def _move(self) -> None:
-        arrived = self._arrived
-        for source, given in arrived.items():
-            if given.stream is None:
-                self._give(source, given.mine)
-                continue
-            leaving = self._streams.of(given.mine.device)
-            for other in arrived.values():
-                if other.reached is not None:
-                    leaving.wait_event(other.reached)
-            with torch.cuda.stream(leaving):
-                self._give(source, given.mine)
-                given_away = leaving.record_event()
-            for other in arrived.values():
-                if other.stream is not None:
-                    other.stream.wait_event(given_away)
-
-    def _give(self, source: int, rows: Tensor) -> None:
-        for place, wanted in self._arrived.items():
-            if place != source:
-                start = sum(self._counts[:source]) + (self._counts[place] if place > source else 0)
-                wanted.all[start : start + len(rows)].copy_(rows, non_blocking=True)
-
-
-def _arrival(mine: Tensor, all: Tensor) -> _Arrival:
-    if not mine.is_cuda:
-        return _Arrival(mine, all, None, None)
-    stream = torch.cuda.current_stream(mine.device)
-    return _Arrival(mine, all, stream, stream.record_event())
 
 
 class _Current(threading.local):
@@ -202,35 +208,86 @@ def exchanging(exchange: Exchange, place: int) -> Iterator[None]:
         _current.at = before
 
 
-@torch.library.custom_op("hotpath::exchange", mutates_args=("all",), schema="(Tensor mine, Tensor(a0!) all) -> ()")
-def exchange_rows(mine: Tensor, all: Tensor) -> None:
-    """``Exchange.fill`` at the innermost ``exchanging``; where nobody may be waited for, rows of others are zeros.
+def give(mine: Tensor, theirs: Tensor) -> None:
+    """``Exchange.give`` at the innermost ``exchanging``; nothing where nobody may be waited for.
 
     Raises:
         RuntimeError: while a CUDA graph records it.
     """
     if stands_in():
-        all[: len(mine)].copy_(mine)
-        all[len(mine) :].zero_()
+        theirs.zero_()
         return
-    if mine.is_cuda and torch.cuda.is_current_stream_capturing():
+    exchange, place = _at(theirs)
+    exchange.give(place, mine, theirs)
+
+
+def take(theirs: Tensor) -> None:
+    """``Exchange.take`` of what was given with ``theirs``."""
+    if not stands_in():
+        exchange, place = _at(theirs)
+        exchange.take(place)
+
+
+def _at(theirs: Tensor) -> tuple[Exchange, int]:
+    if theirs.is_cuda and torch.cuda.is_current_stream_capturing():
         raise RuntimeError("devices exchange keys and values in it")
     assert _current.at is not None, "no devices to exchange with"
-    exchange, place = _current.at
-    exchange.fill(place, mine, all)
+    return _current.at
 
 
-def exchanged(k: Tensor, v: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
-    """Keys and values of all devices, those of this one first; may be traced.
+# Rows of others are on their way in memory that a graph sees from ``take`` on only, as it may copy what an operator
+# writes. What is given is said to be written, so that what reads it comes after; and is taken, as it is in use till then.
+
+
+@torch.library.custom_op("hotpath::give", mutates_args=("mine",), schema="(Tensor(a0!) mine, SymInt others) -> ()")
+def _given(mine: Tensor, others: int) -> None:
+    give(mine, mine.new_empty(others, *mine.shape[1:]))
+
+
+@torch.library.custom_op(
+    "hotpath::take", mutates_args=(), schema="(Tensor mine, SymInt others, Tensor? after) -> Tensor"
+)
+def _taken(mine: Tensor, others: int, after: Tensor | None) -> Tensor:
+    if stands_in():
+        return mine.new_zeros(others, *mine.shape[1:])
+    exchange, place = _at(mine)
+    return exchange.take(place)
+
+
+@_taken.register_fake
+def _(mine: Tensor, others: int, after: Tensor | None) -> Tensor:
+    return mine.new_empty(others, *mine.shape[1:])
+
+
+class Given:
+    """Keys and values of this device, which are given to all others; may be traced.
 
     Args:
         k, v: (batch, heads, tokens of this device, head dim).
-        tokens: of all devices.
+        others: tokens of all other devices.
 
-    Returns:
-        Keys and values (batch, heads, tokens, head dim), not contiguous.
+    ``mine``: both (tokens, 2, batch, heads, head dim).
     """
-    mine = torch.stack([x.permute(2, 0, 1, 3) for x in (k, v)], 1)
-    all = mine.new_empty(tokens, *mine.shape[1:])
-    exchange_rows(mine, all)
-    return all[:, 0].permute(1, 2, 0, 3), all[:, 1].permute(1, 2, 0, 3)
+
+    def __init__(self, k: Tensor, v: Tensor, others: int) -> None:
+        self.mine = torch.stack([x.permute(2, 0, 1, 3) for x in (k, v)], 1)
+        self._others = others
+        _given(self.mine, others)
+
+    def take(self, after: Tensor | None = None) -> Tensor:
+        """Those of the others (tokens of others, 2, batch, heads, head dim) in the order of the devices, once
+        ``after`` is launched; zeros where nobody may be waited for."""
+        return _taken(self.mine, self._others, after)
+
+
+def keys_and_values(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """(tokens, 2, batch, heads, head dim) -> keys and values (batch, heads, tokens, head dim), not contiguous."""
+    keys, values = rows.permute(1, 2, 3, 0, 4).unbind()
+    return keys, values
+
+
+def exchanged(k: Tensor, v: Tensor, others: int) -> tuple[Tensor, Tensor]:
+    """Keys and values (batch, heads, tokens of all devices, head dim), those of this one first. Arguments are those of
+    ``Given``."""
+    rows = Given(k, v, others)
+    return keys_and_values(torch.cat([rows.mine, rows.take()]))

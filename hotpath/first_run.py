@@ -61,6 +61,11 @@ def waiting_for_others() -> AbstractContextManager[bool]:
     return _holding("waits", True)
 
 
+def waits_for_others() -> bool:
+    """Whether attention on this thread waits for other threads."""
+    return _current.waits
+
+
 def first_run(inputs: Mapping[str, Any]) -> AbstractContextManager[FirstRun]:
     """A scope in which code runs under the lock of compiling."""
     return _holding("run", FirstRun(inputs))

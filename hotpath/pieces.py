@@ -18,6 +18,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
+from .exchange import give, take
 from .internal_memory import lends, storage_at, unowned, unseen
 from .values import extent, lying_in
 
@@ -27,8 +28,8 @@ _ALIGNMENT = 512
 _WRITES = {"mm", "addmm", "bmm", "baddbmm", "_scaled_mm", "_int_mm", "_addmm_activation", "copy_", "fill_", "zero_"}
 # Operators that take memory which only they and copies read, so that a CUDA graph may take it.
 _ATTENTION = ("aten::_scaled_dot_product_", "aten::_flash_attention", "aten::_efficient_attention")
-# Operators that write memory which they are given, and that wait for other threads.
-_MEETS = {"hotpath::exchange"}
+# Operators that wait for other threads.
+_GIVES, _TAKES = "hotpath::give", "hotpath::take"
 _DEPENDS_ON_DATA = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
 
 
@@ -157,9 +158,9 @@ class _Call:
     def replay(self) -> None:
         assert self._call is not None
         operator, args, kwargs = self._call
-        results = tree_leaves(operator(*args, **kwargs))
+        results = operator(*args, **kwargs)
         for number, place in self._places:
-            place.copy_(results[number])
+            place.copy_(tree_leaves(results)[number])
 
     def reset(self) -> None:
         self._call, self._places = None, ()
@@ -175,6 +176,8 @@ class _Session(TorchDispatchMode):
         self._arena = arena
         self._pieces: list[Piece] = []
         self._begun = False
+        # Where rows of others are on their way.
+        self._theirs: Tensor | None = None
 
     def record(self, run: Callable[[dict[str, Tensor]], None], weights: dict[str, Tensor]) -> list[Piece]:
         try:
@@ -202,11 +205,13 @@ class _Session(TorchDispatchMode):
         elsewhere = any(tensor.device != self._device for tensor in _tensors((args, kwargs)))
         if elsewhere or _DEPENDS_ON_DATA.intersection(func.tags):
             raise Unrecordable(f"{schema.name} makes Python wait for the device")
+        if schema.name == _GIVES:
+            return self._gives(*args)
+        if schema.name == _TAKES:
+            return self._takes()
         if not schema.is_mutable:
             recorded = schema.name.startswith(_ATTENTION)
             return (self._within if recorded else self._between)(func, args, kwargs)
-        if schema.name in _MEETS:
-            return self._met(func, args, kwargs)
         written = all(alias is not None and alias.is_write for alias in aliases)
         if (written and schema.name.removeprefix("aten::") in _WRITES) or torch.Tag.pointwise in func.tags:
             return func(*args, **kwargs)
@@ -223,10 +228,21 @@ class _Session(TorchDispatchMode):
         self._begin()
         return out
 
-    def _met(self, operator: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+    def _gives(self, mine: Tensor, others: int) -> None:
+        theirs = mine.new_empty(others, *mine.shape[1:], device="meta")
+        self._theirs = self._arena.lend(theirs.shape, theirs.stride(), theirs.dtype)
+        self._meets(give, mine, self._theirs)
+
+    def _takes(self) -> Tensor:
+        theirs, self._theirs = self._theirs, None
+        assert theirs is not None, "taken without having been given"
+        self._meets(take, theirs)
+        return theirs
+
+    def _meets(self, operator: Callable[..., None], *tensors: Tensor) -> None:
         """It is not run: the other threads may not be here."""
         self._end()
-        self._pieces.append(_Call(operator, tree_map(_unowned, args), tree_map(_unowned, kwargs), ()))
+        self._pieces.append(_Call(operator, tuple(map(unowned, tensors)), {}, ()))
         self._begin()
 
     def _within(self, operator: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from .cuda_graphs import Busy, Recorder, Recording
-from .first_run import alone
+from .first_run import alone, waits_for_others
 from .static import Layout, StaticInputs, flatten, layout, rebuilt
 
 log = logging.getLogger(__name__)
@@ -216,7 +216,8 @@ class Recordings:
             block.recording.reset()
             block.recording = None
         if block.recording is None:
-            if block.calls < _CALLS_BEFORE or not (always or self._waits(frame)):
+            # Of several devices each waits for Python at all others.
+            if block.calls < _CALLS_BEFORE or not (always or waits_for_others() or self._waits(frame)):
                 return Replayed()
             why_not = unsafe()
             return Replayed(why_not=why_not) if why_not else self._record(frame, block, found, weights, inputs)

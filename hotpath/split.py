@@ -115,7 +115,7 @@ class PeerCopies:
             return tuple(tensor.to(self._device) for tensor in given.tensors)
         current = torch.cuda.current_stream(self._device)
         # PyTorch copies on the current stream of the source and has that of the target wait for it.
-        leaving, arriving = self._streams.of(source), self._streams.of(self._device)
+        leaving, arriving = self._streams.between(source, self._device)
         leaving.wait_event(given.complete)
         with torch.cuda.stream(leaving), torch.cuda.stream(arriving):
             taken = tuple(tensor.to(self._device, non_blocking=True) for tensor in given.tensors)

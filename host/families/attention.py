@@ -48,10 +48,11 @@ def is_overridden(options: Mapping[str, Any]) -> bool:
 
 class SharedAttention:
     """An override of the host's attention where tokens are shared out over devices: the queries of one, the keys and
-    values of all, which have ``tokens``. Blocks that know it trace the exchange; it is called with heads apart."""
+    values of all, of which the ``others`` have so many. Blocks that know it trace the exchange; it is called with heads
+    apart."""
 
-    def __init__(self, tokens: int) -> None:
-        self.tokens = tokens
+    def __init__(self, others: int) -> None:
+        self.others = others
 
     def __call__(
         self,
@@ -63,8 +64,7 @@ class SharedAttention:
         *args: Any,
         **kwargs: Any,
     ) -> Tensor:
-        keys, values = (x.contiguous() for x in exchanged(k, v, self.tokens))
-        return attention(q, keys, values, heads, *args, **kwargs)
+        return attention(q, *exchanged(k, v, self.others), heads, *args, **kwargs)
 
 
 def shared_attention(options: Mapping[str, Any]) -> SharedAttention | None:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ...hotpath.attention import Attend, cudnn_attention, opaque_attention
 from ...hotpath.exchange import exchanged
+from ...hotpath.partial_attention import attention_over_devices, has_parts
 from ...hotpath.sizes import as_size, from_size
 from ...hotpath.template import NotHoistable
 from ...hotpath.values import plainly_strided
@@ -24,8 +25,8 @@ from .flux_fused import IN_HALVES, ROTATES, WITH_EPILOGUE
 from .kinds import BlockKind, Family, Interface, SharedForward, random_tensor
 
 _STREAMS = {"img", "txt", "x"}
-# The entry of a region's inputs that counts the tokens of all devices.
-_ALL_TOKENS = "all_tokens"
+# The entry of a region's inputs that counts the tokens of other devices.
+_OTHERS = "tokens_of_others"
 # Spans of tokens, and the stream that each is of. No mapping: a graph that was traced through one holds this module.
 _SPANS = (("modulation_dims", "x"), ("modulation_dims_img", "img"), ("modulation_dims_txt", "txt"))
 
@@ -120,7 +121,7 @@ def _attend(
 
 def region_inputs(inputs: Mapping[str, Any], like: Tensor, dynamic: bool) -> dict[str, Any]:
     """The block's arguments without its options, with token spans (Kontext's zero timestep) as sizes, and how many
-    tokens there are where several devices have them.
+    tokens other devices have.
 
     Where a node has cut a stream short, the host's spans go beyond it, which a graph would have a guard on.
     """
@@ -136,13 +137,13 @@ def region_inputs(inputs: Mapping[str, Any], like: Tensor, dynamic: bool) -> dic
             taken[name] = [tuple(as_size(count, like, dynamic) for count in span) for span in spans]
     shared = shared_attention(inputs.get("transformer_options", {}))
     if shared is not None:
-        taken[_ALL_TOKENS] = as_size(shared.tokens, like, dynamic)
+        taken[_OTHERS] = as_size(shared.others, like, dynamic)
     return taken
 
 
 def _arguments(inputs: Mapping[str, Any], options: Mapping[str, Any]) -> dict[str, Any]:
     taken = {**inputs, "transformer_options": options}
-    taken.pop(_ALL_TOKENS, None)
+    taken.pop(_OTHERS, None)
     for name, _ in _SPANS:
         if taken.get(name):
             taken[name] = [tuple(from_size(size) for size in span) for span in taken[name]]
@@ -172,16 +173,19 @@ def bind_fused(inputs: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def _rotated(inputs: Mapping[str, Any], cudnn: bool) -> Mapping[str, Any]:
-    pe, everyone = inputs["pe"], from_size(inputs.get(_ALL_TOKENS))
+    pe, others = inputs["pe"], from_size(inputs.get(_OTHERS))
 
     def rotate_and_attend(
         attend: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor, *args: Any, **kwargs: Any
     ) -> Tensor:
         if pe is not None:
             q, k = (comfy.ldm.flux.math._apply_rope1(x, pe) for x in (q, k))
-        if everyone is not None:
-            k, v = exchanged(k, v, everyone)
-        if cudnn and kwargs.get("mask") is None:
+        masked = kwargs.get("mask") is not None
+        if others is not None:
+            if not masked and has_parts(q):
+                return attention_over_devices(q, k, v, others)
+            k, v = exchanged(k, v, others)
+        if cudnn and not masked:
             return cudnn_attention(q, k, v)
         return attend(q, k, v, *args, **kwargs)
 

@@ -262,10 +262,10 @@ class SplitBlocks:
             routes |= routes_to(dict(zip(own, others, strict=True)))
 
         counts = [sum(each.stop - each.start for each in place) for place in places]
-        attention = SharedAttention(sum(counts))
 
         def work(place: int, tensors: tuple[Tensor, ...]) -> Tensor:
             mine = _filled(given[place], iter(tensors))
+            attention = SharedAttention(sum(counts) - counts[place])
             options = {**mine.get("transformer_options", {}), "optimized_attention_override": attention}
             return forwards[place](**{**mine, "transformer_options": options})
 

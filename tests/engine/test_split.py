@@ -8,7 +8,7 @@ import pytest
 import torch
 from hotpath_pack.hotpath import exchange
 from hotpath_pack.hotpath.compiled import Region
-from hotpath_pack.hotpath.exchange import Abandoned, exchange_rows, exchanged
+from hotpath_pack.hotpath.exchange import Abandoned, exchanged, give, take
 from hotpath_pack.hotpath.first_run import alone, first_run, stands_in, waiting_for_others
 from hotpath_pack.hotpath.settings import CompileSettings
 from hotpath_pack.hotpath.split import (
@@ -70,9 +70,10 @@ def test_each_device_attends_as_its_rows_of_the_whole_do(text, image, seed, rows
 
 def met(place, tensors, counts=(1, 1, 1)):
     """What the device at ``place`` has of all when it gave ``tensors[0]``."""
-    all = torch.full((sum(counts),), -1)
-    exchange_rows(tensors[0], all)
-    return all.tolist()
+    theirs = torch.full((sum(counts) - counts[place],), -1)
+    give(tensors[0], theirs)
+    take(theirs)
+    return [*tensors[0].tolist(), *theirs.tolist()]
 
 
 def test_devices_have_their_own_and_what_all_gave_in_order_each_time(crew):
@@ -93,7 +94,7 @@ def test_devices_have_their_own_and_what_all_gave_in_order_each_time(crew):
 
 
 def test_rows_that_are_not_those_of_the_device_are_refused(crew):
-    with pytest.raises(DeviceFailed, match="1 of 4 tokens are not those of this device"):
+    with pytest.raises(DeviceFailed, match="1 rows and 3 of others are not 1 and 2"):
         crew.run([[torch.zeros(1, dtype=torch.long)]] * 3, (1, 1, 1), partial(met, counts=(2, 1, 1)))
 
 
@@ -104,7 +105,8 @@ def test_what_fails_while_rows_are_moved_ends_all(crew):
     def work(place, tensors):
         try:
             rows = torch.zeros(1, 2 + (place == 1))
-            exchange_rows(rows, rows.new_empty(3, rows.shape[1]))
+            give(rows, theirs := rows.new_empty(2, rows.shape[1]))
+            take(theirs)
         except BaseException as error:
             ended.append(type(error))
             raise
@@ -232,9 +234,9 @@ class Block(nn.Module):
         super().__init__()
         self.qkv = Linear(8, 24, device="meta")
 
-    def forward(self, x, tokens):
+    def forward(self, x, others):
         q, k, v = self.qkv(x).view(1, -1, 3, 2, 4).permute(2, 0, 3, 1, 4)
-        x += scaled_dot_product_attention(q, *exchanged(k, v, tokens)).transpose(1, 2).flatten(2)
+        x += scaled_dot_product_attention(q, *exchanged(k, v, others)).transpose(1, 2).flatten(2)
         return x
 
 
@@ -251,7 +253,7 @@ def test_threads_whose_code_runs_for_the_first_time_do_not_wait_for_each_other(c
     def work(place, tensors):
         mine = tensors[0].clone()
         for _ in range(2):
-            mine = regions[place](weights, {"x": mine, "tokens": 15}, {"x": (1,)})
+            mine = regions[place](weights, {"x": mine, "others": 10}, {"x": (1,)})
         return mine
 
     want = x.clone()
@@ -286,5 +288,6 @@ def test_nothing_stands_in_but_where_code_runs_first_while_others_are_waited_for
     assert first.again() and x.tolist() == [0, 0] and not stands_in()
     with alone():
         assert stands_in()
-        exchange_rows(x + 1, all := torch.ones(3))
-    assert all.tolist() == [1, 1, 0] and not stands_in()
+        give(x + 1, theirs := torch.ones(3))
+        take(theirs)
+    assert theirs.tolist() == [0, 0, 0] and not stands_in()

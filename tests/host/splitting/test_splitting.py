@@ -139,8 +139,9 @@ def test_compiled_it_is_two_graphs_whatever_the_device_size_text_or_lora(filed, 
 @pytest.mark.parametrize("both", [True, False], ids=["both", "one"])
 def test_replayed_blocks_meet_as_often_as_others(filed, monkeypatch, both):
     """Where one device records and the other does not, too, and what is only compared meets nobody."""
-    recorders = [Reruns(), Reruns(waits=both)]
-    recordings = [Recordings(recorder, lambda size: True) for recorder in recorders]
+    recorders = [Reruns(waits=False), Reruns(waits=False)]
+    room = [True, both]
+    recordings = [Recordings(each, lambda size, place=place: room[place]) for place, each in enumerate(recorders)]
     # Tensors of either are on the CPU, but each device has a thread.
     main = threading.main_thread()
     monkeypatch.setattr(replay, "recordings_on", lambda device: recordings[threading.current_thread() is not main])
@@ -149,7 +150,8 @@ def test_replayed_blocks_meet_as_often_as_others(filed, monkeypatch, both):
         assert_parity(filed, fast, **change)
         assert_shared(fast, change["steps"])
     assert [each.recorded > 0 for each in recorders] == [True, both]
-    recorders[1].waits = True
+    room[1] = True
+    recordings[1].retry()
     assert_parity(filed, fast, steps=7)
     assert_shared(fast, 7)
     assert min(each.replays for each in recorders) >= 5
