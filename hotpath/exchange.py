@@ -236,7 +236,7 @@ def _at(theirs: Tensor) -> tuple[Exchange, int]:
 
 
 # Rows of others are on their way in memory that a graph sees from ``take`` on only, as it may copy what an operator
-# writes. What is given is said to be written, so that what reads it comes after; and is taken, as it is in use till then.
+# writes. What is given is said to be written, so that what reads it comes after; and it is taken, being in use till then.
 
 
 @torch.library.custom_op("hotpath::give", mutates_args=("mine",), schema="(Tensor(a0!) mine, SymInt others) -> ()")

@@ -19,8 +19,7 @@ _ATTENTION = torch.ops.aten
 
 
 def has_parts(q: Tensor) -> bool:
-    """Whether there is attention that gives the logarithm of its sums for queries like these (batch, heads, tokens, head
-    dim)."""
+    """Whether attention for queries like these (batch, heads, tokens, head dim) gives the logarithm of its sums."""
     if not q.is_cuda:
         return q.device.type == "cpu"
     half = q.dtype in (torch.float16, torch.bfloat16)
