@@ -196,6 +196,36 @@ def _devices_side(name: str) -> str:
     return ", ".join(nodes) or SIDES["eager"]
 
 
+def families() -> str:
+    """Models of other families on an H200."""
+    names = {
+        "per block": "per block",
+        "ours": "Compile",
+        "fp8_e4m3_rowwise": "Quantize (`fp8_e4m3_rowwise`)",
+        "ours, fp8_e4m3_rowwise": "Quantize, Compile",
+    }
+    shown = {"qwen_image": "Qwen-Image", "z_image": "Z-Image", "wan_t2v": "Wan 2.2 text to video"}
+    rows = []
+    for name, title in shown.items():
+        seen = read(f"families_{name}")
+        steps = {side["name"]: median(side["steps"]) for side in seen["sides"]}
+        cells = (f"{steps[side]:.1f} ms ({steps['eager'] / steps[side]:.2f}x)" for side in names)
+        rows.append([f"{title}, {seen['blocks']} blocks", f"{steps['eager']:.1f} ms", *cells])
+    return markdown(["A step", "without HotPath", *names.values()], rows)
+
+
+def gguf() -> str:
+    """Layers of GGUF files and weights in 4 bits on an H200, beside what each is without HotPath."""
+    steps = {side["name"]: median(side["steps"]) for side in read("gguf_h200")["sides"]}
+    rows = []
+    for name in ("eager", "int4_weight_only", "Q4_K", "Q8_0"):
+        shown = {"eager": "bf16", "int4_weight_only": "Quantize (`int4_weight_only`)"}.get(name, f"GGUF, {name}")
+        ours = "ours" if name == "eager" else f"{name} ours"
+        cells = [f"{steps[side]:.1f} ms" if side in steps else "" for side in (name, f"{name} per block", ours)]
+        rows.append([shown, *cells, f"{steps[name] / steps[ours]:.2f}"])
+    return markdown(["A step", "without Compile", "per block", "Compile Repeated Blocks", "Times as fast"], rows)
+
+
 def streamed() -> str:
     """What streaming cost on the H200, beside what the model of the bus said."""
     rows = []
@@ -314,6 +344,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "first-steps": first_steps,
     "cards": cards,
     "devices": devices,
+    "families": families,
+    "gguf": gguf,
     "streamed": streamed,
     "graphs": graphs,
     "int8": int8,
