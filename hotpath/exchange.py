@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -38,10 +38,12 @@ class Streams:
 
 
 class _Arrival(NamedTuple):
-    """Rows that a device gives, and memory for those of all others; on CUDA the event after which both are there."""
+    """Rows that a device gives, and memory for those of all others; on CUDA the stream that it computes on and an event
+    after which both are there."""
 
     mine: Tensor
     theirs: Tensor
+    stream: torch.cuda.Stream | None
     reached: torch.cuda.Event | None
 
 
@@ -65,7 +67,7 @@ class Exchange:
         self._given = [0 for _ in counts]
         self._complete = 0
         self._arrived: dict[int, _Arrival] = {}
-        self._theirs: dict[int, Tensor] = {}
+        self._own: dict[int, _Arrival] = {}
         self._copied: list[torch.cuda.Event] = []
         self._failed = False
         self._left: set[int] = set()
@@ -107,10 +109,10 @@ class Exchange:
         rows, others = self._counts[place], sum(self._counts) - self._counts[place]
         if (len(mine), len(theirs)) != (rows, others):
             raise ValueError(f"{len(mine)} rows and {len(theirs)} of others are not {rows} and {others}")
-        reached = torch.cuda.current_stream(mine.device).record_event() if mine.is_cuda else None
+        stream = torch.cuda.current_stream(mine.device) if mine.is_cuda else None
+        arrival = _Arrival(mine, theirs, stream, stream and stream.record_event())
         self._given[place] += 1
-        self._arrived[place] = _Arrival(mine, theirs, reached)
-        self._theirs[place] = theirs
+        self._arrived[place] = self._own[place] = arrival
         if len(self._arrived) == len(self._counts):
             self._give_all()
 
@@ -129,11 +131,11 @@ class Exchange:
             self._go[place].acquire()
             if self._given[place] > self._complete:
                 raise Abandoned("another device ended before this one")
-        theirs = self._theirs.pop(place)
+        own = self._own.pop(place)
         # What is given is read till then, so that a device waits for its own too.
         for copied in self._copied:
-            copied.wait(torch.cuda.current_stream(theirs.device))
-        return theirs
+            copied.wait(own.stream)
+        return own.theirs
 
     def leave(self, place: int) -> None:
         """The device at ``place`` gives nothing more."""
@@ -150,10 +152,11 @@ class Exchange:
 
     def _give_all(self) -> None:
         arrived = self._arrived
+        # By turns, as each device can give and get at once.
+        pairs = [(source, place) for place in arrived for source in arrived if place != source]
         try:
-            # By turns, as each device can give and get at once.
-            pairs = [(source, place) for place in arrived for source in arrived if place != source]
-            self._copied = [copied for pair in pairs for copied in self._copy(*pair)]
+            with _streams_as_before(arrived.values()):
+                self._copied = [copied for pair in pairs if (copied := self._copy(*pair)) is not None]
         except BaseException:
             self._failed = True
             raise
@@ -162,20 +165,21 @@ class Exchange:
             self._complete += 1
             self._resume()
 
-    def _copy(self, source: int, place: int) -> list[torch.cuda.Event]:
+    def _copy(self, source: int, place: int) -> torch.cuda.Event | None:
         given, wanted = self._arrived[source], self._arrived[place]
         start = sum(self._counts[:source]) - (self._counts[place] if place < source else 0)
         rows = wanted.theirs[start : start + len(given.mine)]
         if given.reached is None or wanted.reached is None:
             rows.copy_(given.mine)
-            return []
+            return None
         leaving, arriving = self._streams.between(given.mine.device, rows.device)
         arriving.wait_event(given.reached)
         arriving.wait_event(wanted.reached)
         # PyTorch copies on the current stream of the source, after and before that of the target.
-        with torch.cuda.stream(leaving), torch.cuda.stream(arriving):
-            rows.copy_(given.mine, non_blocking=True)
-            return [arriving.record_event()]
+        torch.cuda.set_stream(leaving)
+        torch.cuda.set_stream(arriving)
+        rows.copy_(given.mine, non_blocking=True)
+        return arriving.record_event()
 
     def _resume(self) -> None:
         """Those that wait for rows may run, within the guard."""
@@ -187,6 +191,25 @@ class Exchange:
         self._running = self._ready.popleft() if self._ready else None
         if self._running is not None:
             self._go[self._running].release()
+
+
+@contextmanager
+def _streams_as_before(arrived: Iterable[_Arrival]) -> Iterator[None]:
+    """A scope after which each device's current stream is that on which it computes, and the current device as before.
+
+    Entering and leaving ``torch.cuda.stream`` for each copy takes longer than to launch it.
+    """
+    streams = [arrival.stream for arrival in arrived if arrival.stream is not None]
+    if not streams:
+        yield
+        return
+    device = torch.cuda.current_device()
+    try:
+        yield
+    finally:
+        for stream in streams:
+            torch.cuda.set_stream(stream)
+        torch.cuda.set_device(device)
 
 
 class _Current(threading.local):
@@ -236,7 +259,7 @@ def _at(theirs: Tensor) -> tuple[Exchange, int]:
 
 
 # Rows of others are on their way in memory that a graph sees from ``take`` on only, as it may copy what an operator
-# writes. What is given is said to be written, so that what reads it comes after; and it is taken, being in use till then.
+# writes. What is given is said to be written, so that what reads it comes after, and is taken, as it is used till then.
 
 
 @torch.library.custom_op("hotpath::give", mutates_args=("mine",), schema="(Tensor(a0!) mine, SymInt others) -> ()")

@@ -3,7 +3,8 @@
 Each device has the weights and computes its share of each stream of tokens, all at the same time, each from a thread of
 its own. All but attention is by token; at attention each device gives its keys and values and gets the others'
 (``exchange.py``), so that each of its tokens sees the whole sequence (sequence parallelism with gathered keys and
-values, as in Megatron's context parallelism). What moves is two tensors (batch, heads, tokens of the share, head dim) a
+values, as in Megatron's context parallelism). Where it can, it attends to its own while the others' are on their way
+(``partial_attention.py``). What moves is two tensors (batch, heads, tokens of the share, head dim) a
 block to each other device. Between blocks nothing is gathered.
 
 Copies between CUDA devices are peer copies on streams of their own. NCCL would want a process or a communicator a

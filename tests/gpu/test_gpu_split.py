@@ -82,6 +82,23 @@ def test_compiled_it_is_two_graphs_a_card_whatever_the_size(filed, devices):
     assert graphs_so_far() - before == (4 if devices.index else 2)
 
 
+@pytest.mark.parametrize("capability", [(9, 0), (8, 0)], ids=["cuDNN", "FlashAttention"])
+def test_parts_of_attention_weigh_as_all_of_it(monkeypatch, capability):
+    from hotpath_pack.hotpath import partial_attention
+
+    if torch.cuda.get_device_capability() < capability:
+        pytest.skip("the card is older")
+    monkeypatch.setattr(partial_attention, "_capability", lambda like: capability)
+    q, k, v = torch.randn(3, 1, 2, 300, 128, device="cuda", dtype=torch.bfloat16)
+    (own, own_sum), (rest, rest_sum) = (
+        partial_attention._part(q, k[:, :, part], v[:, :, part]) for part in (slice(100), slice(100, None))
+    )
+    share = torch.sigmoid(own_sum - rest_sum)
+    want = torch.nn.functional.scaled_dot_product_attention(q.float(), k.float(), v.float())
+    got = rest.float() + share * (own.float() - rest.float())
+    assert (want - got).norm() / want.norm() <= 0.01
+
+
 def test_in_eight_bits(filed):
     small = quantize(filed, "int8_weight_only")
     assert_like(small, compiled(split(small)))
