@@ -17,6 +17,7 @@ SITE = "https://huggingface.co/"
 _QWEN = "Comfy-Org/Qwen-Image_ComfyUI/resolve/main/split_files"
 _Z_IMAGE = "Comfy-Org/z_image_turbo/resolve/main/split_files"
 _WAN = "Comfy-Org/Wan_2.2_ComfyUI_Repackaged/resolve/main/split_files"
+_KREA_2 = "Comfy-Org/Krea-2/resolve/main"
 # File -> the host's folder for it, and where to get it.
 MODELS = {
     "flux1-dev.safetensors": ("diffusion_models", "Comfy-Org/flux1-dev/resolve/main/flux1-dev.safetensors"),
@@ -71,6 +72,19 @@ MODELS = {
         "umt5_xxl_fp8_e4m3fn_scaled.safetensors",
     ),
     "wan2.2_vae.safetensors": ("vae", f"{_WAN}/vae/wan2.2_vae.safetensors"),
+    "krea2_turbo_fp8_scaled.safetensors": (
+        "diffusion_models",
+        f"{_KREA_2}/diffusion_models/krea2_turbo_fp8_scaled.safetensors",
+    ),
+    "qwen3vl_4b_fp8_scaled.safetensors": (
+        "text_encoders",
+        f"{_KREA_2}/text_encoders/qwen3vl_4b_fp8_scaled.safetensors",
+    ),
+    "ltx-2-19b-dev-fp8.safetensors": ("checkpoints", "Lightricks/LTX-2/resolve/main/ltx-2-19b-dev-fp8.safetensors"),
+    "gemma_3_12B_it_fp4_mixed.safetensors": (
+        "text_encoders",
+        "Comfy-Org/ltx-2/resolve/main/split_files/text_encoders/gemma_3_12B_it_fp4_mixed.safetensors",
+    ),
     "flux2-vae.safetensors": ("vae", "Comfy-Org/flux2-dev/resolve/main/split_files/vae/flux2-vae.safetensors"),
 }
 

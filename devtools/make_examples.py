@@ -42,6 +42,11 @@ NOTES = {
     "in all. **Compile Repeated Blocks** comes last on the MODEL line, after *ModelSamplingAuraFlow* and LoRA loaders.",
     "Wan 2.2 text to video": "Wan 2.2 (5B) with its blocks compiled as one graph, for any size, length and prompt. On "
     "a small card **Offload Repeated Blocks** goes before the compile node.",
+    "Krea 2 text to image": "Krea 2 Turbo with its blocks compiled, for any size and prompt. LoRA loaders go before "
+    "**Compile Repeated Blocks**. The file is in fp8 already, so there is nothing to quantize.",
+    "LTX-Video 2 text to video": "LTX-Video 2 makes a video and its sound in the same blocks, which are compiled, for "
+    "any size, length and prompt. The length is a multiple of 8 and one more. On a small card **Offload Repeated "
+    "Blocks** goes before the compile node.",
     "Flux benchmark": "Measures a step of the model as it is and compiled, in turns, on made-up inputs. No text "
     "encoder and no VAE are needed. Put your own LoRAs and patches between the nodes.",
 }
@@ -50,10 +55,14 @@ COLUMNS = (
     (("Models", "#3f789e", "Loader|Lora|ModelSampling"),),
     (("HotPath", "#b06634", "^HotPath"), ("Picture", "#8a8", "LoadImage|ImageScale|VAEEncode")),
     (
-        ("Prompt and size", "#8a8", "CLIPTextEncode|ReferenceLatent|FluxGuidance|ZeroOut|Empty|ImageToVideoLatent"),
+        (
+            "Prompt and size",
+            "#8a8",
+            "CLIPTextEncode|ReferenceLatent|FluxGuidance|LTXVConditioning|ZeroOut|Empty|ImageToVideoLatent|ConcatAV",
+        ),
         ("Steps", "#88a", "Noise|Select|Scheduler"),
     ),
-    (("Sampling", "#88a", "KSampler|Guider|SamplerCustom"), ("Result", "#a88", "VAEDecode|CreateVideo|Save")),
+    (("Sampling", "#88a", "KSampler|Guider|SamplerCustom"), ("Result", "#a88", "Separate|VAEDecode|CreateVideo|Save")),
 )
 _ARRANGE = """
 async ([workflow, name, note, columns, models]) => {

@@ -34,9 +34,10 @@ async () => {
 @pytest.mark.sweep(keep=["classic"])
 def test_each_example_opens_as_its_twin(live, page):
     save_stand_ins(live.server)
-    first, *others = twins()
+    # Cards come in the order of the folder, and those out of sight have no thumbnail yet.
+    first = live.server.get("/workflow_templates")["HotPath"][0]
     page.open_template(first)
-    for name in (first, *others):
+    for name in sorted(twins(), key=lambda name: name != first):
         if name != first:
             page.page.evaluate(OPEN, name)
         shown = page.page.evaluate(LOOK)

@@ -80,10 +80,13 @@ def test_a_twin_of_another_family_is_what_the_hosts_nodes_take(server, name):
     """Their models come in one size, gigabytes: the prompt is taken, and ends where it loads a name alone."""
     workflow, nodes = twins()[name], server.get("/object_info")
     for node in workflow.values():
-        assert set(nodes[node["class_type"]]["input"]["required"]) <= set(node["inputs"])
+        required = nodes[node["class_type"]]["input"]["required"]
+        assert set(required) <= set(node["inputs"])
+        if node["class_type"] == "CLIPLoader" and node["inputs"]["type"] not in required["type"][0]:
+            pytest.skip(f"this ComfyUI has no text encoder of {node['inputs']['type']}")
     with pytest.raises(PromptFailed) as failed:
         server.run(workflow)
-    assert workflow[failed.value.node_id]["class_type"].endswith("Loader") and failed.value.type.endswith("Error")
+    assert "Loader" in workflow[failed.value.node_id]["class_type"] and failed.value.type.endswith("Error")
 
 
 def test_the_benchmark_twin_measures_both_sides(server):
@@ -99,7 +102,7 @@ def test_the_benchmark_twin_measures_both_sides(server):
 
 def test_what_is_served_is_each_twin_with_a_thumbnail_and_nothing_else(server):
     assert sorted(server.get("/workflow_templates")["HotPath"]) == sorted(twins())
-    assert len(twins()) == 10
+    assert len(twins()) == 12
     for name in twins():
         assert server.get(f"/api/workflow_templates/HotPath/{name}.json")["version"] == 0.4
         thumbnail = requests.get(f"{server.url}/api/workflow_templates/HotPath/{name}.jpg", timeout=10)
