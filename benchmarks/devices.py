@@ -49,6 +49,7 @@ def measure(
     """
     gpu_host.start(dynamic_vram=False, cpu=cpu)
     import comfy.sd
+    from hotpath_pack.hotpath import fibers
 
     there = gpu_host.imitated_devices(count) if cpu else nullcontext()
     make, real_blocks, real_hidden = SHAPES[shape]
@@ -73,7 +74,8 @@ def measure(
     print(f"\n{count} x {where}, torch {torch.__version__}, shape of {shape}")
     print_table([("", "    pixels   ms/step   x one   cold s  graphs  rel. diff"), *map(_line, rows)])
     if json:
-        write_json(json, {**gpu_host.about(), "devices": count, "shape": shape, "rows": rows})
+        turns = "fibers" if fibers.available() else "threads"
+        write_json(json, {**gpu_host.about(), "turns": turns, "devices": count, "shape": shape, "rows": rows})
     return sides
 
 

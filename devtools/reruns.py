@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import ctypes
 import itertools
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..hotpath import exchange
 from ..hotpath.cuda_graphs import Launch, Recording
+from ..hotpath.recorded import Recordings
 from ..hotpath.values import extent
 
 
@@ -65,6 +67,11 @@ class Reruns:
 
     def idle(self, mark: Any) -> bool:
         return self.waits
+
+
+def of_each_device(recordings: Sequence[Recordings]) -> Callable[[torch.device], Recordings]:
+    """What gives the recordings of the device that computes on this thread, by its place, where several are one."""
+    return lambda device: recordings[exchange._current.at[1] if exchange._current.at else 0]
 
 
 class _Rerun:

@@ -12,7 +12,7 @@ import threading
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -22,6 +22,38 @@ from .first_run import stands_in, waiting_for_others
 
 class Abandoned(RuntimeError):
     """Another device ended before it gave what this one waits for."""
+
+
+class WithinOperator(RuntimeError):
+    """Another device is to be waited for within an operator, which those that take turns on one thread can't do."""
+
+
+class Turns(Protocol):
+    """How those who take part let one another run; by their places."""
+
+    within_operators: bool
+
+    def sleep(self, place: int) -> None:
+        """Return once it is woken, which it may have been before."""
+
+    def wake(self, place: int) -> None: ...
+
+
+class Threads:
+    """Turns of threads."""
+
+    within_operators = True
+
+    def __init__(self, count: int) -> None:
+        self._go = [threading.Lock() for _ in range(count)]
+        for held in self._go:
+            held.acquire()
+
+    def sleep(self, place: int) -> None:
+        self._go[place].acquire()
+
+    def wake(self, place: int) -> None:
+        self._go[place].release()
 
 
 class Streams:
@@ -51,18 +83,22 @@ class Exchange:
     """Where the devices of one forward meet, which all give and take equally often, in turns. Nobody waits for one that
     has left.
 
-    One of their threads runs at a time, up to where it waits for rows: threads that all run would wait for Python's
-    lock at each operator, while what they launch runs on all devices anyway. And no CUDA graph can be recorded while
-    another thread gives memory back, which would become a part of it.
+    One of them runs at a time, up to where it waits for rows: threads that all run would wait for Python's lock at each
+    operator, while what they launch runs on all devices anyway. And no CUDA graph can be recorded while another thread
+    gives memory back, which would become a part of it.
 
     Args:
         counts: rows of each device.
         streams: those that rows are copied on.
+
+    ``by_operators`` is whether any gave or took within an operator, and not between the pieces of a recording alone.
     """
 
-    def __init__(self, counts: Sequence[int], streams: Streams) -> None:
+    def __init__(self, counts: Sequence[int], streams: Streams, turns: Turns) -> None:
+        self.by_operators = False
         self._counts = counts
         self._streams = streams
+        self._turns = turns
         # How often each has given, and all have. Nobody gives again before it took.
         self._given = [0 for _ in counts]
         self._complete = 0
@@ -75,14 +111,11 @@ class Exchange:
         self._running: int | None = None
         self._ready: deque[int] = deque()
         self._waiting: list[int] = []
-        self._go = [threading.Lock() for _ in counts]
-        for held in self._go:
-            held.acquire()
         self._guard = threading.Lock()
 
     @contextmanager
     def taking_part(self, place: int) -> Iterator[None]:
-        """A scope in which this thread computes on the device at ``place``; it begins once it may."""
+        """A scope that computes on the device at ``place``; it begins once it may."""
         with self._guard:
             first = self._running is None
             if first:
@@ -90,7 +123,7 @@ class Exchange:
             else:
                 self._ready.append(place)
         if not first:
-            self._go[place].acquire()
+            self._turns.sleep(place)
         try:
             yield
         finally:
@@ -110,7 +143,7 @@ class Exchange:
         if (len(mine), len(theirs)) != (rows, others):
             raise ValueError(f"{len(mine)} rows and {len(theirs)} of others are not {rows} and {others}")
         stream = torch.cuda.current_stream(mine.device) if mine.is_cuda else None
-        arrival = _Arrival(mine, theirs, stream, stream and stream.record_event())
+        arrival = _Arrival(mine, theirs, stream, None if stream is None else stream.record_event())
         self._given[place] += 1
         self._arrived[place] = self._own[place] = arrival
         if len(self._arrived) == len(self._counts):
@@ -128,7 +161,7 @@ class Exchange:
                     raise Abandoned("another device ended before this one")
                 self._waiting.append(place)
                 self._next()
-            self._go[place].acquire()
+            self._turns.sleep(place)
             if self._given[place] > self._complete:
                 raise Abandoned("another device ended before this one")
         own = self._own.pop(place)
@@ -136,6 +169,16 @@ class Exchange:
         for copied in self._copied:
             copied.wait(own.stream)
         return own.theirs
+
+    def within_operator(self) -> None:
+        """Rows are given or taken within an operator.
+
+        Raises:
+            WithinOperator: they can't be.
+        """
+        self.by_operators = True
+        if not self._turns.within_operators:
+            raise WithinOperator("a block that waits for other devices was not recorded")
 
     def leave(self, place: int) -> None:
         """The device at ``place`` gives nothing more."""
@@ -187,10 +230,10 @@ class Exchange:
         self._waiting.clear()
 
     def _next(self) -> None:
-        """Let the next thread run, within the guard."""
+        """Let the next run, within the guard."""
         self._running = self._ready.popleft() if self._ready else None
         if self._running is not None:
-            self._go[self._running].release()
+            self._turns.wake(self._running)
 
 
 @contextmanager
@@ -231,6 +274,22 @@ def exchanging(exchange: Exchange, place: int) -> Iterator[None]:
         _current.at = before
 
 
+@contextmanager
+def exchanging_by_turns() -> Iterator[None]:
+    """A scope on this thread of which each ``exchanging`` is one of several; each that goes on is to ``resume``."""
+    before = _current.at
+    try:
+        with waiting_for_others():
+            yield
+    finally:
+        _current.at = before
+
+
+def resume(exchange: Exchange, place: int) -> None:
+    """What runs next on this thread is ``exchanging`` as the device at ``place``."""
+    _current.at = exchange, place
+
+
 def give(mine: Tensor, theirs: Tensor) -> None:
     """``Exchange.give`` at the innermost ``exchanging``; nothing where nobody may be waited for.
 
@@ -264,6 +323,8 @@ def _at(theirs: Tensor) -> tuple[Exchange, int]:
 
 @torch.library.custom_op("hotpath::give", mutates_args=("mine",), schema="(Tensor(a0!) mine, SymInt others) -> ()")
 def _given(mine: Tensor, others: int) -> None:
+    if not stands_in():
+        _at(mine)[0].within_operator()
     give(mine, mine.new_empty(others, *mine.shape[1:]))
 
 

@@ -16,13 +16,24 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from .exchange import Abandoned, Exchange, Streams, exchanging
+from . import fibers
+from .exchange import (
+    Abandoned,
+    Exchange,
+    Streams,
+    Threads,
+    WithinOperator,
+    exchanging,
+    exchanging_by_turns,
+    resume,
+)
+from .fibers import Fibers
 
 # A dimension of one is a structure of its own to a compiler, and none is no part of a sequence.
 FEWEST_TOKENS = 2
@@ -128,17 +139,20 @@ class PeerCopies:
 
 
 class Crew:
-    """A thread for each of ``devices`` but the first, whose thread is that of the caller.
+    """What computes on ``devices`` at once: a thread for each but the first, whose thread is that of the caller.
 
-    ``enter`` is called with its device in each thread before it computes.
+    Where blocks have all been recorded, fibers of the caller's thread do, which take turns with less ado.
+    ``enter`` is called with a device before this thread computes on it.
     """
 
     def __init__(self, devices: Sequence[torch.device], enter: Callable[[torch.device], None]) -> None:
         self.devices = tuple(devices)
+        self.in_fibers = False
         self._enter = enter
         self._copies = [PeerCopies(device) for device in devices]
         self._streams = Streams()
         self._threads = [ThreadPoolExecutor(1, f"hotpath split {device}") for device in devices[1:]]
+        self._recorded = False
 
     def run(
         self,
@@ -151,48 +165,80 @@ class Crew:
         Args:
             tensors: for each device what it gets, which is on the first; the same tensor may go to several.
             counts: how many tokens each device has, whose keys and values it exchanges.
+            work: it may begin anew, and leaves its tensors as they were.
 
         Raises:
             DeviceFailed: on one of them. All have ended then.
         """
-        exchange = Exchange(counts, self._streams)
+        self.in_fibers = self._recorded and fibers.available()
+        if self.in_fibers:
+            try:
+                return self._run(tensors, counts, work)
+            except DeviceFailed as failure:
+                if not isinstance(failure.__cause__, WithinOperator):
+                    raise
+                self.in_fibers = False
+        return self._run(tensors, counts, work)
+
+    def _run(
+        self,
+        tensors: Sequence[Sequence[Tensor]],
+        counts: Sequence[int],
+        work: Callable[[int, tuple[Tensor, ...]], Tensor],
+    ) -> list[Tensor]:
+        turns = Fibers(lambda place: self._resume(exchange, place)) if self.in_fibers else Threads(len(counts))
+        exchange = Exchange(counts, self._streams, turns)
         given = [give(each) for each in tensors]
         inference, grad = torch.is_inference_mode_enabled(), torch.is_grad_enabled()
+        errors: dict[int, BaseException] = {}
+        done: dict[int, Given] = {}
 
-        def part(place: int) -> Given:
+        def part(place: int) -> None:
             try:
-                with ExitStack() as scope:
-                    if place:
-                        self._enter(self.devices[place])
-                        # Modes of PyTorch belong to a thread.
-                        scope.enter_context(torch.inference_mode(inference))
-                        scope.enter_context(torch.set_grad_enabled(grad))
-                    scope.enter_context(exchanging(exchange, place))
+                if place or self.in_fibers:
+                    self._enter(self.devices[place])
+                # Modes of PyTorch belong to a thread.
+                with torch.inference_mode(inference), torch.set_grad_enabled(grad), exchanging(exchange, place):
                     mine = self._copies[place].take(given[place]) if place else given[place].tensors
-                    return give([work(place, mine)])
+                    done[place] = give([work(place, mine)])
+            # Told when the others have ended too.
+            except BaseException as error:
+                errors[place] = error
             finally:
                 exchange.leave(place)
 
-        others: list[Future[Given]] = []
-        errors: dict[int, BaseException] = {}
-        done: dict[int, Given] = {}
+        if isinstance(turns, Fibers):
+            self._in_fibers(turns, part)
+        else:
+            self._in_threads(exchange, part, errors)
+        self._recorded = not (errors or exchange.by_operators)
+        self._raise_first(errors)
+        return [self._copies[0].take(done[place])[0] for place in range(len(self.devices))]
+
+    def _in_threads(self, exchange: Exchange, part: Callable[[int], None], errors: dict[int, BaseException]) -> None:
+        others: list[Future[None]] = []
         try:
             for place, thread in enumerate(self._threads, 1):
                 others.append(thread.submit(part, place))
-            done[0] = part(0)
-        # Told below, when the others have ended too.
+            part(0)
         except BaseException as error:
             errors[0] = error
             # None waits for those that have not begun.
             for place in (0, *range(len(others) + 1, len(self.devices))):
                 exchange.leave(place)
-        for place, future in enumerate(others, 1):
-            try:
-                done[place] = future.result()
-            except BaseException as error:
-                errors[place] = error
-        self._raise_first(errors)
-        return [self._copies[0].take(done[place])[0] for place in range(len(self.devices))]
+        for future in others:
+            future.result()
+
+    def _in_fibers(self, turns: Fibers, part: Callable[[int], None]) -> None:
+        try:
+            with exchanging_by_turns():
+                turns.run([partial(part, place) for place in range(len(self.devices))])
+        finally:
+            self._enter(self.devices[0])
+
+    def _resume(self, exchange: Exchange, place: int) -> None:
+        self._enter(self.devices[place])
+        resume(exchange, place)
 
     def _raise_first(self, errors: dict[int, BaseException]) -> None:
         """Raise what began it: an interrupt as it is, else the failure of a device that was not left by another."""

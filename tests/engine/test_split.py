@@ -6,7 +6,7 @@ from functools import partial
 
 import pytest
 import torch
-from hotpath_pack.hotpath import exchange
+from hotpath_pack.hotpath import exchange, fibers
 from hotpath_pack.hotpath.compiled import Region
 from hotpath_pack.hotpath.exchange import Abandoned, exchanged, give, take
 from hotpath_pack.hotpath.first_run import alone, first_run, stands_in, waiting_for_others
@@ -29,9 +29,13 @@ from torch.nn.functional import scaled_dot_product_attention
 DEVICES = [torch.device("cpu", number) for number in range(3)]
 
 
-@pytest.fixture
-def crew():
+@pytest.fixture(params=["threads", "fibers"])
+def crew(request, monkeypatch):
+    if request.param == "threads":
+        monkeypatch.setattr(fibers, "available", lambda: False)
     made = Crew(DEVICES, lambda device: None)
+    # As if what ran before had been recorded, though here nothing is.
+    made._recorded = True
     yield made
     made.end()
 
@@ -90,6 +94,7 @@ def test_devices_have_their_own_and_what_all_gave_in_order_each_time(crew):
 
     with torch.inference_mode():
         out = crew.run([[rows] for rows in given], counts, work)
+    assert crew.in_fibers == fibers.available()
     assert [rows.tolist() for rows in out] == [rows.tolist() for rows in given]
 
 
@@ -208,13 +213,14 @@ def test_an_interrupt_of_one_that_waits_leaves_nobody_waiting(crew, turns, monke
         def release(self):
             self.lock.release()
 
-    begin = exchange.Exchange.__init__
+    begin = exchange.Threads.__init__
 
     def broken(self, *args):
         begin(self, *args)
         self._go[0] = Interrupted(self._go[0])
 
-    monkeypatch.setattr(exchange.Exchange, "__init__", broken)
+    monkeypatch.setattr(exchange.Threads, "__init__", broken)
+    monkeypatch.setattr(fibers, "available", lambda: False)
 
     def work(place, tensors):
         for _ in range(4):

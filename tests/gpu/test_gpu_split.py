@@ -1,13 +1,14 @@
 """Tokens shared out over two cards: what one card gives, eager and compiled, and one card where the other fails. On a
 machine with one card that is both, with a model and a thread each."""
 
-import threading
-
 import pytest
 import torch
 from hotpath_pack.devtools import checkpoints
 from hotpath_pack.devtools.gpu_host import compiled, quantize
+from hotpath_pack.devtools.reruns import of_each_device
+from hotpath_pack.hotpath import fibers
 from hotpath_pack.hotpath.counters import graphs_so_far
+from hotpath_pack.hotpath.split import Crew
 
 pytestmark = pytest.mark.gpu
 
@@ -29,9 +30,8 @@ def devices(request, monkeypatch):
     monkeypatch.setattr(comfy.model_management, "get_all_torch_devices", lambda exclude_current=False: [card, twin])
     monkeypatch.setattr(comfy.model_management, "set_torch_device", lambda device: None)
     monkeypatch.setattr(comfy.model_patcher, "CoreModelPatcher", comfy.model_patcher.ModelPatcher)
-    main = threading.main_thread()
     recordings = [replay.Recordings(replay.recorder_for(card), lambda size: True) for _ in range(2)]
-    monkeypatch.setattr(replay, "recordings_on", lambda device: recordings[threading.current_thread() is not main])
+    monkeypatch.setattr(replay, "recordings_on", of_each_device(recordings))
     return twin
 
 
@@ -104,13 +104,24 @@ def test_in_eight_bits(filed):
     assert_like(small, compiled(split(small)))
 
 
-def test_replayed_blocks_are_what_one_card_gives(filed):
+def test_replayed_blocks_are_what_one_card_gives(filed, monkeypatch):
+    """From one thread where the package greenlet is there, from two where not."""
+    ran, run = [], Crew.run
+
+    def watched(crew, *args):
+        try:
+            return run(crew, *args)
+        finally:
+            ran.append(crew.in_fibers)
+
+    monkeypatch.setattr(Crew, "run", watched)
     fast = compiled(split(filed))
     (blocks,) = fast.get_wrappers("apply_model", "hotpath_compile")
     blocks.replays.always = True
     for change in (dict(steps=4), dict(width=272, height=144, steps=4), dict(batch=2, steps=4), dict(steps=2)):
         assert_like(filed, fast, **change)
     assert blocks.replays.replayed == {"double": 2, "single": 3} and not blocks.replays.why_not
+    assert ran[-1] == fibers.available()
 
 
 def test_a_card_without_memory_ends_in_the_image_of_one(filed, devices):

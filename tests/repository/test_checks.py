@@ -43,7 +43,7 @@ def imports(folder):
 
 
 def test_the_engine_imports_nothing_of_the_host():
-    allowed = {*sys.stdlib_module_names, "torch", "triton", "psutil"}
+    allowed = {*sys.stdlib_module_names, "torch", "triton", "psutil", "greenlet"}
     foreign = [
         (file, name) for file, name in imports("hotpath") if name[0] != "." and name.split(".")[0] not in allowed
     ]

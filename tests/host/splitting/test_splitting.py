@@ -2,7 +2,7 @@
 can't be. The devices are imitated: to the host ``cpu``, ``cpu:1`` and ``cpu:2`` are three, with a model each."""
 
 import functools
-import threading
+import types
 
 import comfy.model_management
 import comfy.multigpu
@@ -12,14 +12,15 @@ import torch
 from comfy.ldm.flux.model import Flux
 from comfy.sd import load_bypass_lora_for_models, load_lora_for_models
 from hotpath_pack.devtools import checkpoints, patches
-from hotpath_pack.devtools.reruns import Reruns
+from hotpath_pack.devtools.reruns import Reruns, of_each_device
 from hotpath_pack.host.compiling import replay
 from hotpath_pack.host.quantizing.quantize import quantize_repeated_blocks
 from hotpath_pack.host.residency.offload import OffloadSettings, offload_repeated_blocks
 from hotpath_pack.host.splitting.split import split_repeated_blocks
 from hotpath_pack.host.telling.progress import NodeText
-from hotpath_pack.hotpath import graphs
+from hotpath_pack.hotpath import exchange, graphs, internal_memory
 from hotpath_pack.hotpath.recorded import Recordings
+from hotpath_pack.hotpath.split import Crew
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from sampling import Counting, Texts, assert_parity, compiled, compiled_blocks, sample
@@ -142,9 +143,7 @@ def test_replayed_blocks_meet_as_often_as_others(filed, monkeypatch, both):
     recorders = [Reruns(waits=False), Reruns(waits=False)]
     room = [True, both]
     recordings = [Recordings(each, lambda size, place=place: room[place]) for place, each in enumerate(recorders)]
-    # Tensors of either are on the CPU, but each device has a thread.
-    main = threading.main_thread()
-    monkeypatch.setattr(replay, "recordings_on", lambda device: recordings[threading.current_thread() is not main])
+    monkeypatch.setattr(replay, "recordings_on", of_each_device(recordings))
     fast = compiled(split(filed), backend="inductor")
     for change in (dict(steps=4), dict(width=48, steps=4), dict(tokens=11, steps=3), dict(steps=2)):
         assert_parity(filed, fast, **change)
@@ -155,6 +154,60 @@ def test_replayed_blocks_meet_as_often_as_others(filed, monkeypatch, both):
     assert_parity(filed, fast, steps=7)
     assert_shared(fast, 7)
     assert min(each.replays for each in recorders) >= 5
+    assert compiled_blocks(fast).eager == {}
+
+
+class _Torch:
+    """``torch`` as Inductor's code sees it, whose operators that wait for others are plain functions, as they are
+    between the pieces of a recording."""
+
+    def __init__(self):
+        self.ops = types.SimpleNamespace(aten=torch.ops.aten, hotpath=types.SimpleNamespace())
+        for name in ("give", "take"):
+            setattr(self.ops.hotpath, name, types.SimpleNamespace(default=getattr(self, f"_{name}")))
+
+    def __getattr__(self, name):
+        return getattr(torch, name)
+
+    @staticmethod
+    def _give(mine, others):
+        exchange.give(mine, mine.new_empty(others, *mine.shape[1:]))
+
+    @staticmethod
+    def _take(mine, others, after):
+        meeting, place = exchange._at(mine)
+        return meeting.take(place)
+
+
+@pytest.mark.skipif(not graphs.supported(), reason="needs PyTorch 2.11")
+def test_blocks_without_operators_that_wait_run_on_one_thread(filed, monkeypatch):
+    """As those that were all recorded do; and threads come back for what was not."""
+    ran, run = [], Crew.run
+
+    def watched(crew, *args):
+        try:
+            return run(crew, *args)
+        finally:
+            ran.append(crew.in_fibers)
+
+    monkeypatch.setattr(Crew, "run", watched)
+    # What could be recorded is compiled ahead, and none is.
+    recordings = Recordings(Reruns(waits=False), lambda size: False)
+    monkeypatch.setattr(replay, "recordings_on", lambda device: recordings)
+    fast = compiled(split(filed), backend="inductor")
+    changes = dict(steps=4), dict(width=48, steps=2), dict(batch=2, steps=3)
+    for change in changes:
+        assert_parity(filed, fast, **change)
+    assert len(ran) == 9 and not any(ran)
+    with monkeypatch.context() as recorded:
+        for code in list(internal_memory._code.values()):
+            recorded.setitem(code, "torch", _Torch())
+        for change in changes:
+            ran.clear()
+            assert_parity(filed, fast, **change)
+            assert_shared(fast, change["steps"])
+            # A run has a crew of its own, and what it was before tells nothing of it.
+            assert ran == [False] + [True] * (change["steps"] - 1)
     assert compiled_blocks(fast).eager == {}
 
 
