@@ -13,6 +13,7 @@ from torch import Tensor
 from ..hotpath import exchange
 from ..hotpath.cuda_graphs import Launch, Recording
 from ..hotpath.recorded import Recordings
+from ..hotpath.split import Crew
 from ..hotpath.values import extent
 
 
@@ -72,6 +73,22 @@ class Reruns:
 def of_each_device(recordings: Sequence[Recordings]) -> Callable[[torch.device], Recordings]:
     """What gives the recordings of the device that computes on this thread, by its place, where several are one."""
     return lambda device: recordings[exchange._current.at[1] if exchange._current.at else 0]
+
+
+def forwards_in_fibers(patch: Any) -> list[bool]:
+    """Of each forward that is shared out while ``patch``, pytest's ``monkeypatch``, lasts, whether one thread computed
+    it."""
+    seen: list[bool] = []
+    run = Crew.run
+
+    def watched(crew: Crew, *args: Any) -> list[Tensor]:
+        try:
+            return run(crew, *args)
+        finally:
+            seen.append(crew.in_fibers)
+
+    patch.setattr(Crew, "run", watched)
+    return seen
 
 
 class _Rerun:

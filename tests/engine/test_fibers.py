@@ -2,7 +2,6 @@
 
 import contextvars
 import threading
-from contextlib import nullcontext
 from functools import partial
 
 import pytest
@@ -13,49 +12,10 @@ from hotpath_pack.hotpath.fibers import Fibers
 from hotpath_pack.hotpath.first_run import waits_for_others
 from hotpath_pack.hotpath.pieces import PieceRecorder
 from hotpath_pack.hotpath.split import Crew
-from torch.utils._python_dispatch import TorchDispatchMode
+from test_pieces import Log
 
 DEVICES = [torch.device("cpu"), torch.device("cpu", 1)]
 COUNTS = (2, 3)
-
-
-class Launches(TorchDispatchMode):
-    """Records operators that write memory which they are given, without running them."""
-
-    def __init__(self):
-        super().__init__()
-        self.calls = None
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if self.calls is None or not func._schema.is_mutable or func._schema.name == "aten::set_":
-            return func(*args, **kwargs or {})
-        self.calls.append(partial(func, *args, **kwargs or {}))
-        return args[0]
-
-    def stream(self):
-        return nullcontext()
-
-    def begin(self):
-        self.calls = []
-
-    def end(self):
-        calls, self.calls = self.calls, None
-        return Launched(calls)
-
-    def abandon(self, error):
-        self.calls = None
-
-
-class Launched:
-    def __init__(self, calls):
-        self.calls = calls
-
-    def replay(self):
-        for call in self.calls:
-            call()
-
-    def reset(self):
-        self.calls = None
 
 
 class Block:
@@ -72,9 +32,8 @@ class Block:
         self.x.add_(keys.sum(2, keepdim=True))
 
     def record(self):
-        launches = Launches()
-        with launches:
-            self.recording = PieceRecorder(torch.device("cpu"), launches).record(self.launch, {})
+        with Log() as log:
+            self.recording = PieceRecorder(torch.device("cpu"), log).record(self.launch, {})
 
     def run(self):
         self.recording.replay() if self.recording else self.launch()

@@ -5,10 +5,9 @@ import pytest
 import torch
 from hotpath_pack.devtools import checkpoints
 from hotpath_pack.devtools.gpu_host import compiled, quantize
-from hotpath_pack.devtools.reruns import of_each_device
+from hotpath_pack.devtools.reruns import forwards_in_fibers, of_each_device
 from hotpath_pack.hotpath import fibers
 from hotpath_pack.hotpath.counters import graphs_so_far
-from hotpath_pack.hotpath.split import Crew
 
 pytestmark = pytest.mark.gpu
 
@@ -106,15 +105,7 @@ def test_in_eight_bits(filed):
 
 def test_replayed_blocks_are_what_one_card_gives(filed, monkeypatch):
     """From one thread where the package greenlet is there, from two where not."""
-    ran, run = [], Crew.run
-
-    def watched(crew, *args):
-        try:
-            return run(crew, *args)
-        finally:
-            ran.append(crew.in_fibers)
-
-    monkeypatch.setattr(Crew, "run", watched)
+    ran = forwards_in_fibers(monkeypatch)
     fast = compiled(split(filed))
     (blocks,) = fast.get_wrappers("apply_model", "hotpath_compile")
     blocks.replays.always = True

@@ -12,7 +12,7 @@ import torch
 from comfy.ldm.flux.model import Flux
 from comfy.sd import load_bypass_lora_for_models, load_lora_for_models
 from hotpath_pack.devtools import checkpoints, patches
-from hotpath_pack.devtools.reruns import Reruns, of_each_device
+from hotpath_pack.devtools.reruns import Reruns, forwards_in_fibers, of_each_device
 from hotpath_pack.host.compiling import replay
 from hotpath_pack.host.quantizing.quantize import quantize_repeated_blocks
 from hotpath_pack.host.residency.offload import OffloadSettings, offload_repeated_blocks
@@ -20,7 +20,6 @@ from hotpath_pack.host.splitting.split import split_repeated_blocks
 from hotpath_pack.host.telling.progress import NodeText
 from hotpath_pack.hotpath import exchange, graphs, internal_memory
 from hotpath_pack.hotpath.recorded import Recordings
-from hotpath_pack.hotpath.split import Crew
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from sampling import Counting, Texts, assert_parity, compiled, compiled_blocks, sample
@@ -182,15 +181,7 @@ class _Torch:
 @pytest.mark.skipif(not graphs.supported(), reason="needs PyTorch 2.11")
 def test_blocks_without_operators_that_wait_run_on_one_thread(filed, monkeypatch):
     """As those that were all recorded do; and threads come back for what was not."""
-    ran, run = [], Crew.run
-
-    def watched(crew, *args):
-        try:
-            return run(crew, *args)
-        finally:
-            ran.append(crew.in_fibers)
-
-    monkeypatch.setattr(Crew, "run", watched)
+    ran = forwards_in_fibers(monkeypatch)
     # What could be recorded is compiled ahead, and none is.
     recordings = Recordings(Reruns(waits=False), lambda size: False)
     monkeypatch.setattr(replay, "recordings_on", lambda device: recordings)
