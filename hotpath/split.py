@@ -1,11 +1,11 @@
 """One forward over a sequence of tokens, shared out over several devices of this process.
 
 Each device has the weights and computes its share of each stream of tokens, all at the same time, each from a thread of
-its own. All but attention is by token; at attention each device gives its keys and values and gets the others'
-(``exchange.py``), so that each of its tokens sees the whole sequence (sequence parallelism with gathered keys and
-values, as in Megatron's context parallelism). Where it can, it attends to its own while the others' are on their way
-(``partial_attention.py``). What moves is two tensors (batch, heads, tokens of the share, head dim) a
-block to each other device. Between blocks nothing is gathered.
+its own or, where blocks were recorded, all from one (``fibers.py``). All but attention is by token; at attention each
+device gives its keys and values and gets the others' (``exchange.py``), so that each of its tokens sees the whole
+sequence (sequence parallelism with gathered keys and values, as in Megatron's context parallelism). Where it can, it
+attends to its own while the others' are on their way (``partial_attention.py``). What moves is two tensors (batch,
+heads, tokens of the share, head dim) a block to each other device. Between blocks nothing is gathered.
 
 Copies between CUDA devices are peer copies on streams of their own. NCCL would want a process or a communicator a
 device, and gains nothing on what two to eight cards of one host give each other once a block.
@@ -16,6 +16,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from functools import partial
 from typing import NamedTuple
 
@@ -212,6 +213,8 @@ class Crew:
         else:
             self._in_threads(exchange, part, errors)
         self._recorded = not (errors or exchange.by_operators)
+        if errors:
+            self._finish()
         self._raise_first(errors)
         return [self._copies[0].take(done[place])[0] for place in range(len(self.devices))]
 
@@ -239,6 +242,14 @@ class Crew:
     def _resume(self, exchange: Exchange, place: int) -> None:
         self._enter(self.devices[place])
         resume(exchange, place)
+
+    def _finish(self) -> None:
+        """Wait until nothing is copied any more to memory that nobody took, which is used again."""
+        for device in self.devices:
+            if device.type == "cuda":
+                # One that is broken can't copy either.
+                with suppress(RuntimeError):
+                    torch.cuda.synchronize(device)
 
     def _raise_first(self, errors: dict[int, BaseException]) -> None:
         """Raise what began it: an interrupt as it is, else the failure of a device that was not left by another."""

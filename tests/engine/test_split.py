@@ -144,6 +144,29 @@ def test_a_device_that_fails_ends_all_and_is_named(crew, failing, before):
     assert sorted(ended, key=str) == sorted(2 * [torch.OutOfMemoryError, Abandoned, Abandoned], key=str)
 
 
+def test_what_failed_is_waited_for_before_its_memory_is_used_again(crew, monkeypatch):
+    """A device may fail between giving and taking, while rows are on their way to it."""
+    cards, waited = tuple(torch.device("cuda", number) for number in range(3)), []
+
+    def synchronize(device):
+        waited.append(device)
+        if device == cards[1]:
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    def work(place, tensors):
+        give(tensors[0], theirs := tensors[0].new_empty(2))
+        if place == 1:
+            raise torch.OutOfMemoryError("no memory left")
+        take(theirs)
+        return tensors[0]
+
+    crew.devices = cards
+    monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
+    with pytest.raises(DeviceFailed, match="^cuda:1 failed: no memory left$"):
+        crew.run([[torch.zeros(1, dtype=torch.long)]] * 3, (1, 1, 1), work)
+    assert waited == list(cards)
+
+
 def test_a_device_that_gathers_less_often_ends_all(crew):
     def work(place, tensors):
         for _ in range(3 if place else 2):
