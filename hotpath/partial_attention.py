@@ -22,7 +22,7 @@ def has_parts(q: Tensor) -> bool:
     """Whether attention for queries like these (batch, heads, tokens, head dim) gives the logarithm of its sums."""
     if not q.is_cuda:
         return q.device.type == "cpu"
-    half = q.dtype in (torch.float16, torch.bfloat16)
+    half = q.dtype in (torch.float16, torch.bfloat16) and torch.version.hip is None
     return half and q.shape[-1] % 8 == 0 and q.shape[-1] <= _FLASH_HEAD and _capability(q) >= (8, 0)
 
 

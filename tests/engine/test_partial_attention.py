@@ -97,3 +97,6 @@ def test_cards_and_heads_that_have_no_such_attention_are_told(monkeypatch, dtype
     OnCard.dtype = dtype
     monkeypatch.setattr(partial_attention, "_capability", lambda like: capability)
     assert has_parts(OnCard()) is has
+    # On AMD's cards numbers of capability mean something else.
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    assert not has_parts(OnCard())
