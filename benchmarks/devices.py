@@ -72,7 +72,7 @@ def measure(
         rows = [row for size in sizes for row in measure_size(sides, size, steps, cpu)]
     where = "imitated devices" if cpu else torch.cuda.get_device_name()
     print(f"\n{count} x {where}, torch {torch.__version__}, shape of {shape}")
-    print_table([("", "    pixels   ms/step   x one   cold s  graphs  rel. diff"), *map(_line, rows)])
+    print_table([("", "    pixels   ms/step   x one  issue ms   cold s  graphs  rel. diff"), *map(_line, rows)])
     if json:
         turns = "fibers" if fibers.available() else "threads"
         write_json(json, {**gpu_host.about(), "turns": turns, "devices": count, "shape": shape, "rows": rows})
@@ -89,15 +89,19 @@ def split(model: Any, count: int) -> Any:
 
 
 def _line(row: dict[str, Any]) -> tuple[str, object]:
-    numbers = f"{row['pixels']:10}{row['ms']:10.1f}{row['times_one']:8.2f}{row['cold_seconds']:9.1f}{row['graphs']:8}"
+    numbers = f"{row['pixels']:10}{row['ms']:10.1f}{row['times_one']:8.2f}{row['issue']:10.1f}"
+    numbers += f"{row['cold_seconds']:9.1f}{row['graphs']:8}"
     return row["name"], f"{numbers}{row['difference']:11.1e}"
 
 
 def measure_size(sides: Sequence[Side], size: int, steps: int, cpu: bool) -> list[dict[str, Any]]:
-    """Rows of the table at ``size``; times of earlier sizes are forgotten."""
+    """Rows of the table at ``size``; times of earlier sizes are forgotten.
 
-    def sample(model: Any, count: int) -> tuple[Tensor, list[float]]:
-        out = timed(model, (size, size), 1, 16 if cpu else TEXT_TOKENS, count, not cpu)
+    ``issue`` is the milliseconds in which Python launches a step, without waiting for the devices.
+    """
+
+    def sample(model: Any, count: int, wait: bool = not cpu) -> tuple[Tensor, list[float]]:
+        out = timed(model, (size, size), 1, 16 if cpu else TEXT_TOKENS, count, wait)
         for blocks in model.get_wrappers("apply_model", "hotpath_split"):
             if blocks.why_not or not blocks.steps:
                 raise RuntimeError(f"nothing was shared out: {blocks.why_not}")
@@ -119,6 +123,7 @@ def measure_size(sides: Sequence[Side], size: int, steps: int, cpu: bool) -> lis
                 "pixels": size,
                 "ms": middle,
                 "times_one": alone / middle,
+                "issue": median(sample(side.model, steps, wait=False)[1][1:]),
                 "cold_seconds": side.cold_seconds,
                 "graphs": side.graphs,
                 "difference": side.difference,
