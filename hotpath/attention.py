@@ -69,6 +69,11 @@ def attention_scope(attend: Attend) -> Iterator[None]:
         _current.stack.pop()
 
 
+def called_out() -> bool:
+    """Whether attention on this thread is called by a region, from within an operator."""
+    return bool(_current.stack)
+
+
 def _run_attention(
     q: Tensor, k: Tensor, v: Tensor, pe: Tensor | None, mask: Tensor | None, slices: Sequence[int]
 ) -> Tensor:

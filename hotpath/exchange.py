@@ -17,6 +17,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from .attention import called_out
 from .first_run import stands_in, waiting_for_others
 
 
@@ -356,12 +357,21 @@ class Given:
     def __init__(self, k: Tensor, v: Tensor, others: int) -> None:
         self.mine = torch.stack([x.permute(2, 0, 1, 3) for x in (k, v)], 1)
         self._others = others
-        _given(self.mine, others)
+        self._theirs: Tensor | None = None
+        if torch.compiler.is_compiling() or called_out():
+            _given(self.mine, others)
+        else:
+            # An operator takes longer to call than to run.
+            self._theirs = self.mine.new_empty(others, *self.mine.shape[1:])
+            give(self.mine, self._theirs)
 
     def take(self, after: Tensor | None = None) -> Tensor:
         """Those of the others (tokens of others, 2, batch, heads, head dim) in the order of the devices, once
         ``after`` is launched; zeros where nobody may be waited for."""
-        return _taken(self.mine, self._others, after)
+        if self._theirs is None:
+            return _taken(self.mine, self._others, after)
+        take(self._theirs)
+        return self._theirs
 
 
 def keys_and_values(rows: Tensor) -> tuple[Tensor, Tensor]:

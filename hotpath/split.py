@@ -142,7 +142,8 @@ class PeerCopies:
 class Crew:
     """What computes on ``devices`` at once: a thread for each but the first, whose thread is that of the caller.
 
-    Where blocks have all been recorded, fibers of the caller's thread do, which take turns with less ado.
+    Where nobody waits for others within an operator, as where blocks have all been recorded or none is compiled, fibers
+    of the caller's thread do, which take turns with less ado.
     ``enter`` is called with a device before this thread computes on it.
     """
 
@@ -153,7 +154,7 @@ class Crew:
         self._copies = [PeerCopies(device) for device in devices]
         self._streams = Streams()
         self._threads = [ThreadPoolExecutor(1, f"hotpath split {device}") for device in devices[1:]]
-        self._recorded = False
+        self._between = False
 
     def run(
         self,
@@ -171,7 +172,7 @@ class Crew:
         Raises:
             DeviceFailed: on one of them. All have ended then.
         """
-        self.in_fibers = self._recorded and fibers.available()
+        self.in_fibers = self._between and fibers.available()
         if self.in_fibers:
             try:
                 return self._run(tensors, counts, work)
@@ -212,7 +213,7 @@ class Crew:
             self._in_fibers(turns, part)
         else:
             self._in_threads(exchange, part, errors)
-        self._recorded = not (errors or exchange.by_operators)
+        self._between = not (errors or exchange.by_operators)
         if errors:
             self._finish()
         self._raise_first(errors)

@@ -39,6 +39,12 @@ class Block:
         self.recording.replay() if self.recording else self.launch()
 
 
+@pytest.fixture(autouse=True)
+def compiled(monkeypatch):
+    """What is not recorded calls operators, as compiled code does."""
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+
+
 @pytest.fixture
 def crew():
     made = Crew(DEVICES, lambda device: None)

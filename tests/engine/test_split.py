@@ -34,8 +34,8 @@ def crew(request, monkeypatch):
     if request.param == "threads":
         monkeypatch.setattr(fibers, "available", lambda: False)
     made = Crew(DEVICES, lambda device: None)
-    # As if what ran before had been recorded, though here nothing is.
-    made._recorded = True
+    # As if something had run before, and waited within no operator.
+    made._between = True
     yield made
     made.end()
 
