@@ -97,11 +97,11 @@ def _line(row: dict[str, Any]) -> tuple[str, object]:
 def measure_size(sides: Sequence[Side], size: int, steps: int, cpu: bool) -> list[dict[str, Any]]:
     """Rows of the table at ``size``; times of earlier sizes are forgotten.
 
-    ``issue`` is the milliseconds in which Python launches a step, without waiting for the devices.
+    ``issue`` is the milliseconds in which Python launches a step when nothing waits for the devices.
     """
 
-    def sample(model: Any, count: int, wait: bool = not cpu) -> tuple[Tensor, list[float]]:
-        out = timed(model, (size, size), 1, 16 if cpu else TEXT_TOKENS, count, wait)
+    def sample(model: Any, count: int, wait: bool = True) -> tuple[Tensor, list[float]]:
+        out = timed(model, (size, size), 1, 16 if cpu else TEXT_TOKENS, count, not cpu, wait)
         for blocks in model.get_wrappers("apply_model", "hotpath_split"):
             if blocks.why_not or not blocks.steps:
                 raise RuntimeError(f"nothing was shared out: {blocks.why_not}")

@@ -118,9 +118,10 @@ def per_block(model: Any) -> Any:
 
 
 def timed(
-    model: Any, size: tuple[int, int], frames: int, tokens: int, steps: int, cuda: bool
+    model: Any, size: tuple[int, int], frames: int, tokens: int, steps: int, cuda: bool, wait: bool = True
 ) -> tuple[Tensor, list[float]]:
-    """A latent, the same at each call, and the milliseconds of each evaluation of the model."""
+    """A latent, the same at each call, and the milliseconds of each evaluation of the model; without ``wait`` those in
+    which it is launched."""
     import comfy.sample
     from hotpath_pack.host.families import family_of
     from hotpath_pack.host.families.kinds import random_tensor
@@ -133,7 +134,7 @@ def timed(
             torch.cuda.synchronize()
         started = time.perf_counter()
         out = call()
-        if cuda:
+        if cuda and wait:
             torch.cuda.synchronize()
         times.append((time.perf_counter() - started) * 1e3)
         return out

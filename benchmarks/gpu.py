@@ -13,7 +13,6 @@ Needs ``COMFYUI_PATH``; ``devtools.trimmed`` gathers a small one, with wheels, f
 from __future__ import annotations
 
 import argparse
-import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -32,6 +31,7 @@ from devtools.gpu_host import (
     compiled,
     compiled_per_block,
     computed,
+    gguf_layers,
     load,
     load_gguf,
     milliseconds,
@@ -50,8 +50,6 @@ START_BLOCKS = (4, 8)
 TEXT_TOKENS = 512
 SIZES = ((1024, 1024), (768, 1344), (832, 1216))
 IMAGE_STEPS = 28
-# Names a folder that holds ComfyUI-GGUF, whose layers are measured then in place of a stand-in's.
-GGUF_FOLDER = "HOTPATH_GGUF"
 ROUNDS = 2
 
 
@@ -133,11 +131,13 @@ def main(arguments: Sequence[str]) -> int:
         for side in make_sides(given.blocks or BLOCKS, given.hidden, given.formats, given.shares, given.gguf)
         if given.sides is None or side.name in given.sides
     ]
+    facts: dict[str, Any] = {"GGUF layers": gguf_layers()} if given.gguf else {}
+    facts["ceilings"] = ceilings
     measure(sides, ceilings["host to device GB/s"] * 1e6)
     # What compiles again for each size may take longer than anyone waits.
-    write(given.json, ceilings, sides)
+    write(given.json, facts, sides)
     sweep_sizes(sides)
-    write(given.json, ceilings, sides)
+    write(given.json, facts, sides)
     print_sides(sides)
     if given.profile:
         given.profile.mkdir(parents=True, exist_ok=True)
@@ -146,11 +146,10 @@ def main(arguments: Sequence[str]) -> int:
     return 0
 
 
-def write(path: Path | None, ceilings: dict[str, float], sides: Sequence[Side]) -> None:
+def write(path: Path | None, facts: dict[str, Any], sides: Sequence[Side]) -> None:
     if path:
         numbers = [{name: value for name, value in vars(side).items() if name != "model"} for side in sides]
-        pack = os.path.basename(os.environ.get(GGUF_FOLDER, "stand-in"))
-        write_json(path, {**gpu_host.about(), "GGUF layers": pack, "ceilings": ceilings, "sides": numbers})
+        write_json(path, {**gpu_host.about(), **facts, "sides": numbers})
 
 
 def measure_starts(blocks: tuple[int, int], rounds: int, names: Sequence[str] | None, json: Path | None) -> int:
@@ -200,7 +199,7 @@ def make_sides(
         packed = load_gguf(double, single, kind, hidden=hidden, text_width=text_width, pooled_width=768)
         sides += [Side(kind, packed), Side(f"{kind} ours", compiled(packed), like=kind)]
         # Of the stand-in's layers PyTorch's compiler makes nothing.
-        if os.environ.get(GGUF_FOLDER):
+        if gguf_layers() != "stand-in":
             sides.append(Side(f"{kind} per block", compiled_per_block(packed), like=kind))
     for share in shares:
         for ahead in (1, 0):

@@ -204,6 +204,12 @@ def stand_in() -> Pack:
     return Pack(GGMLTensor.of, GGMLOps, GGUFModelPatcher)
 
 
+def pack_name() -> str:
+    """Of whose layers a MODEL is that ``load`` makes."""
+    folder = os.environ.get(FOLDER)
+    return Path(folder).name if folder else "stand-in"
+
+
 def real_pack() -> Pack | None:
     """ComfyUI-GGUF in the folder of ``HOTPATH_GGUF``; None where it is not set."""
     folder = os.environ.get(FOLDER)

@@ -107,6 +107,13 @@ def load(
     return model
 
 
+def gguf_layers() -> str:
+    """Of whose layers a MODEL of ``load_gguf`` is."""
+    from . import gguf_pack
+
+    return gguf_pack.pack_name()
+
+
 def load_gguf(double: int, single: int, kind: str, **shape: Any) -> Any:
     """A MODEL of a Flux.1 whose blocks' matrices are random ones of ``kind``, a type of ggml, as a GGUF file's."""
     from . import gguf_pack

@@ -28,6 +28,13 @@ Attend = Callable[[Tensor, Tensor, Tensor, "Tensor | None", "Tensor | None", Seq
 (batch, tokens, heads * head dim) in q's dtype."""
 
 
+def prefers_cudnn(like: Tensor) -> bool:
+    """Whether cuDNN's attention is the faster one on the device of ``like``: on Hopper alone; elsewhere PyTorch's order
+    was measured to be, or nothing was."""
+    nvidia = like.is_cuda and torch.version.hip is None
+    return nvidia and torch.cuda.get_device_capability(like.device)[0] == 9
+
+
 def cudnn_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """PyTorch's attention, cuDNN's before FlashAttention: on Hopper it takes half the time.
 

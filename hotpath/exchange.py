@@ -344,7 +344,7 @@ def _(mine: Tensor, others: int, after: Tensor | None) -> Tensor:
     return mine.new_empty(others, *mine.shape[1:])
 
 
-class Given:
+class GivenRows:
     """Keys and values of this device, which are given to all others; may be traced.
 
     Args:
@@ -382,6 +382,6 @@ def keys_and_values(rows: Tensor) -> tuple[Tensor, Tensor]:
 
 def exchanged(k: Tensor, v: Tensor, others: int) -> tuple[Tensor, Tensor]:
     """Keys and values (batch, heads, tokens of all devices, head dim), those of this one first. Arguments are those of
-    ``Given``."""
-    rows = Given(k, v, others)
+    ``GivenRows``."""
+    rows = GivenRows(k, v, others)
     return keys_and_values(torch.cat([rows.mine, rows.take()]))

@@ -11,10 +11,13 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from contextvars import copy_context
+from functools import cache
 from typing import Any
 
 
+@cache
 def available() -> bool:
+    """Whether there are fibers. Asked before each forward, and what is not installed is looked for at each import."""
     with suppress(ImportError):
         import greenlet  # noqa: F401
 

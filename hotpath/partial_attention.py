@@ -9,8 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .attention import joined
-from .exchange import Given, keys_and_values
+from .attention import joined, prefers_cudnn
+from .exchange import GivenRows, keys_and_values
 
 # The largest head of FlashAttention, and of cuDNN's attention.
 _FLASH_HEAD = 256
@@ -36,19 +36,24 @@ def attention_over_devices(q: Tensor, k: Tensor, v: Tensor, others: int) -> Tens
     Returns:
         (batch, tokens, heads * head dim) in q's dtype.
     """
-    rows = Given(k, v, others)
-    own, own_sum = _part(q, *keys_and_values(rows.mine))
-    rest, rest_sum = _part(q, *keys_and_values(rows.take(after=own_sum)))
+    rows = GivenRows(k, v, others)
+    own = _part(q, *keys_and_values(rows.mine))
+    rest = _part(q, *keys_and_values(rows.take(after=own[1])))
+    return joined(_weighed(own, rest))
+
+
+def _weighed(one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor]) -> Tensor:
+    """Attention to the keys of both parts."""
+    (own, own_sum), (rest, rest_sum) = one, other
     share = torch.sigmoid(own_sum - rest_sum)
-    return joined((rest + share * (own.float() - rest.float())).to(q.dtype))
+    return (rest + share * (own.float() - rest.float())).to(own.dtype)
 
 
 def _part(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     """Attention (batch, heads, tokens, head dim) and the logarithm of its sums in float32 (batch, heads, tokens, 1)."""
     if not q.is_cuda:
         out, sums = _ATTENTION._scaled_dot_product_flash_attention_for_cpu(q, k, v)
-    # As ``attention.cudnn_attention``: elsewhere nothing was gained by it.
-    elif _capability(q)[0] == 9 and q.shape[-1] <= _CUDNN_HEAD:
+    elif prefers_cudnn(q) and q.shape[-1] <= _CUDNN_HEAD:
         out, sums, *_ = _ATTENTION._scaled_dot_product_cudnn_attention(q, k, v, None, True)
     else:
         out, sums, *_ = _ATTENTION._scaled_dot_product_flash_attention(q, k, v)

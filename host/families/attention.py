@@ -6,12 +6,10 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import comfy.ldm.modules.attention
-import comfy.model_management
-import torch
 from comfy.model_patcher import ModelPatcher
 from torch import Tensor
 
-from ...hotpath.attention import Attend, cudnn_attention, joined, opaque_attention
+from ...hotpath.attention import Attend, cudnn_attention, joined, opaque_attention, prefers_cudnn
 from ...hotpath.compiled import Bind
 from ...hotpath.exchange import exchanged
 from ...hotpath.sizes import as_size, from_size
@@ -140,9 +138,7 @@ def chosen(traced: Bind, with_cudnn: Bind, opaque: Bind) -> Callable[[Attend | N
     def bind_for(attend: Attend | None, like: Tensor) -> Bind:
         if attend is not None:
             return opaque
-        # Hopper alone: elsewhere the host's order was measured to be the faster one, or nothing was.
-        nvidia = like.is_cuda and comfy.model_management.is_nvidia()
-        return with_cudnn if nvidia and torch.cuda.get_device_capability(like.device)[0] == 9 else traced
+        return with_cudnn if prefers_cudnn(like) else traced
 
     return bind_for
 

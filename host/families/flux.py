@@ -9,11 +9,10 @@ from typing import Any
 import comfy.ldm.flux.layers
 import comfy.ldm.flux.math
 import comfy.ldm.modules.attention
-import comfy.model_management
 import torch
 from torch import Tensor, nn
 
-from ...hotpath.attention import Attend, cudnn_attention, opaque_attention
+from ...hotpath.attention import Attend, cudnn_attention, opaque_attention, prefers_cudnn
 from ...hotpath.exchange import exchanged
 from ...hotpath.partial_attention import attention_over_devices, has_parts
 from ...hotpath.sizes import as_size, from_size
@@ -213,10 +212,8 @@ def bind_for(attend: Attend | None, like: Tensor) -> Callable[[Mapping[str, Any]
     """How the blocks are traced on ``like``'s device, with patches around attention or without."""
     if attend is not None:
         return bind_opaque
-    # Hopper alone: elsewhere the host's order was measured to be the faster one, or nothing was.
     # ``bind_fused`` is not among them: in a whole step nothing has shown yet that it gains.
-    nvidia = like.is_cuda and comfy.model_management.is_nvidia()
-    return bind_cudnn if nvidia and torch.cuda.get_device_capability(like.device)[0] == 9 else bind_traced
+    return bind_cudnn if prefers_cudnn(like) else bind_traced
 
 
 def conditioning(diffusion_model: Any, tokens: int) -> tuple[Tensor, dict[str, Any]]:

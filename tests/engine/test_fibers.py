@@ -1,13 +1,14 @@
 """Devices whose blocks were recorded take turns on one thread; where one was not, threads do."""
 
 import contextvars
+import sys
 import threading
 from functools import partial
 
 import pytest
 import torch
 from hotpath_pack.hotpath import fibers
-from hotpath_pack.hotpath.exchange import Given, keys_and_values
+from hotpath_pack.hotpath.exchange import GivenRows, keys_and_values
 from hotpath_pack.hotpath.fibers import Fibers
 from hotpath_pack.hotpath.first_run import waits_for_others
 from hotpath_pack.hotpath.pieces import PieceRecorder
@@ -27,7 +28,7 @@ class Block:
         self.recording = None
 
     def launch(self, weights=None):
-        rows = Given(self.x, self.x, self.others)
+        rows = GivenRows(self.x, self.x, self.others)
         keys, _ = keys_and_values(rows.take())
         self.x.add_(keys.sum(2, keepdim=True))
 
@@ -89,7 +90,9 @@ def test_what_was_recorded_takes_turns_on_one_thread_and_all_else_on_several(cre
 
 
 def test_without_greenlet_threads_do_it(crew, monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "greenlet", None)
+    monkeypatch.setitem(sys.modules, "greenlet", None)
+    # What was found before is kept.
+    monkeypatch.setattr(fibers, "available", fibers.available.__wrapped__)
     blocks = [Block(place) for place in range(2)]
     for block in blocks:
         block.record()

@@ -9,7 +9,7 @@ import pytest
 import torch
 from hotpath_pack.hotpath import internal_memory, pieces
 from hotpath_pack.hotpath.cuda_graphs import Busy, undisturbed
-from hotpath_pack.hotpath.exchange import Given
+from hotpath_pack.hotpath.exchange import GivenRows
 from hotpath_pack.hotpath.first_run import alone
 from hotpath_pack.hotpath.graphs import compile_graph, load_graph
 from hotpath_pack.hotpath.internal_memory import lends
@@ -158,7 +158,7 @@ def test_what_meets_others_is_called_between_and_meets_nobody_while_it_is_record
 
     def run(weights):
         x.add_(1)
-        rows = Given(x, x, 3)
+        rows = GivenRows(x, x, 3)
         out.mul_(5)
         out.add_(rows.take(after=out))
 
