@@ -5,7 +5,7 @@
     python -m benchmarks.gpu --card 8 12 16 24 [--resident] [--json FILE]
     python -m benchmarks.gpu --small [--shapes NAME ...] [--sizes N ...] [--sides NAME ...] [--json FILE]
     python -m benchmarks.gpu --family NAME [--layers N] [--formats NAME] [--json FILE]
-    python -m benchmarks.gpu --devices N [--shapes NAME ...] [--sizes N ...] [--json FILE]
+    python -m benchmarks.gpu --devices N [--guidance] [--shapes NAME ...] [--sizes N ...] [--json FILE]
 
 Needs ``COMFYUI_PATH``; ``devtools.trimmed`` gathers a small one, with wheels, for a machine without a network.
 """
@@ -98,6 +98,7 @@ def main(arguments: Sequence[str]) -> int:
         "--sizes", type=positive, nargs="*", default=(), metavar="N", help="with --small: 256, 512, 1024"
     )
     parser.add_argument("--devices", type=positive, metavar="N", help="only over so many GPUs, beside one")
+    parser.add_argument("--guidance", action="store_true", help="with --devices: by the host's MultiGPU CFG Split")
     parser.add_argument("--family", choices=families.RUNS, help="only a model of another family")
     parser.add_argument("--layers", type=positive, metavar="N", help="with --family: blocks in each of its lists")
     parser.add_argument("--json", type=Path, metavar="FILE")
@@ -110,7 +111,8 @@ def main(arguments: Sequence[str]) -> int:
         for shape in given.shapes or devices.SHAPES:
             sizes, steps = given.sizes or devices.SIZES, IMAGE_STEPS // ROUNDS // 2
             file = given.json and given.json.with_stem(f"{given.json.stem}_{shape}")
-            devices.measure(given.devices, shape, given.blocks, None, sizes, steps, file)
+            measure_devices = devices.measure_guidance if given.guidance else devices.measure
+            measure_devices(given.devices, shape, given.blocks, None, sizes, steps, file)
         return 0
     if given.start:
         blocks = tuple(given.blocks or START_BLOCKS)
