@@ -85,7 +85,8 @@ class _Block:
 class _Frame:
     """What all blocks of one graph and one size share. ``outputs`` are numbers of inputs, where the block wrote its
     output over them, or memory that each block's output is copied to and handed out from as a copy; ``written`` are the
-    numbers of the storages of inputs that a block writes."""
+    numbers of the storages of inputs that a block writes. ``thread.ran`` is there on each
+    thread that ran the graph."""
 
     graph: Graph
     static: StaticInputs | None = None
@@ -96,6 +97,7 @@ class _Frame:
     asked: int = 0
     waited: int = 0
     blocks: weakref.WeakKeyDictionary[Any, _Block] = field(default_factory=weakref.WeakKeyDictionary)
+    thread: Any = field(default_factory=threading.local)
 
     @property
     def bytes(self) -> int:
@@ -284,7 +286,14 @@ class Recordings:
         if static.held(found):
             return Replayed(why_not=HELD)
         groups = static.bring(found)
-        want = _computed(frame, static, weights) if frame.outputs is None else None
+        want = None
+        if frame.outputs is None:
+            want = _computed(frame, static, weights)
+        elif not hasattr(frame.thread, "ran"):
+            # Handles and plans of CUDA's libraries belong to a thread; one made within a recording would break it off.
+            with _as_before(static):
+                frame.graph(weights, static.nest)
+        frame.thread.ran = True
         graph, nest, places = frame.graph, static.nest, frame.outputs or []
 
         def launch(weights: dict[str, Tensor]) -> None:

@@ -2,6 +2,8 @@
 graph itself."""
 
 import gc
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import pytest
@@ -326,6 +328,28 @@ def test_what_a_larger_recording_outgrew_is_made_anew_once_and_then_all_share(re
     recorder.grow()
     four_calls()
     assert (recorder.recorded, recorder.alive, recorder.settled) == (6, 3, 2)
+
+
+def test_a_thread_has_run_a_graph_before_it_records_one_as_libraries_plan_for_each_thread(recordings, recorder):
+    planned = threading.local()
+
+    class Planning(Graph):
+        def __call__(self, weights, inputs):
+            planned.here = True
+            return super().__call__(weights, inputs)
+
+    def plans_within_recording(number):
+        assert hasattr(planned, "here"), "a plan would be made within a recording"
+
+    graph, blocks, reasons = Planning(), [Block(seed) for seed in range(3)], []
+    recorder.before_recording = plans_within_recording
+    want = [plain(Graph(), blocks, make_inputs(call)) for call in range(2)]
+    with ThreadPoolExecutor(1) as other:
+        for run in (step, lambda *args, **kwargs: other.submit(step, *args, **kwargs).result()):
+            for call in range(2):
+                assert torch.equal(run(recordings, graph, blocks, make_inputs(call), reasons=reasons), want[call])
+            recorder.grow()
+    assert (recorder.recorded, recorder.alive, reasons) == (6, 3, [])
 
 
 def test_what_is_unsafe_is_not_recorded(recordings, recorder):
