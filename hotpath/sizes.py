@@ -24,3 +24,13 @@ def as_size(count: int | None, like: Tensor, dynamic: bool) -> Tensor | int | No
 def from_size(size: Tensor | int | None) -> int | None:
     """The count of ``as_size``, symbolic while tracing."""
     return size.shape[0] if isinstance(size, Tensor) else size
+
+
+def span_within(start: int, end: int | None, length: int) -> tuple[int, int | None]:
+    """``start`` and ``end`` of a slice within ``length``. A trace is told that they are in order: of sizes that may be
+    anything it would take two slices from the same start to the same end for two of different lengths."""
+    torch._check(start <= length)
+    if end is not None:
+        torch._check(start <= end)
+        torch._check(end <= length)
+    return start, end

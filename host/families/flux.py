@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ...hotpath.attention import Attend, cudnn_attention, opaque_attention, prefers_cudnn
 from ...hotpath.exchange import exchanged
 from ...hotpath.partial_attention import attention_over_devices, has_parts
-from ...hotpath.sizes import as_size, from_size
+from ...hotpath.sizes import as_size, from_size, span_within
 from ...hotpath.template import NotHoistable
 from ...hotpath.values import plainly_strided
 from ..layers.containers import preferred_attention
@@ -143,9 +143,13 @@ def region_inputs(inputs: Mapping[str, Any], like: Tensor, dynamic: bool) -> dic
 def _arguments(inputs: Mapping[str, Any], options: Mapping[str, Any]) -> dict[str, Any]:
     taken = {**inputs, "transformer_options": options}
     taken.pop(_OTHERS, None)
-    for name, _ in _SPANS:
+    for name, stream in _SPANS:
         if taken.get(name):
-            taken[name] = [tuple(from_size(size) for size in span) for span in taken[name]]
+            tokens = taken[stream].shape[1]
+            taken[name] = [
+                (*span_within(from_size(start), from_size(end), tokens), from_size(row))
+                for start, end, row in taken[name]
+            ]
     return taken
 
 

@@ -214,11 +214,12 @@ def flux2():
     ],
     ids=["dev", "schnell", "fill", "kontext", "flux2", "flux2-reference", "flux2-reference-zero-timestep"],
 )
-@pytest.mark.sweep(keep=["dev", "flux2-reference-zero-timestep"])
-def test_variants_match_eager_in_two_graphs(weights, conditions):
+@pytest.mark.parametrize("dynamic", ["auto", "always"])
+@pytest.mark.sweep(keep=["auto-dev", "auto-flux2-reference-zero-timestep", "always-flux2-reference-zero-timestep"])
+def test_variants_match_eager_in_two_graphs(weights, conditions, dynamic):
     model = load(weights())
     with Counting() as counting, torch._dynamo.config.patch(error_on_recompile=True):
-        fast = compiled(model, backend="inductor")
+        fast = compiled(model, backend="inductor", dynamic=dynamic)
         assert_parity(model, fast, **conditions)
         assert_parity(model, fast, **{**conditions, "width": 96, "tokens": 24})
     assert (counting.graphs, counting.breaks) == (2, 0)
