@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from itertools import pairwise
 from pathlib import Path
@@ -23,6 +24,7 @@ SHAPES = {"dev": (checkpoints.flux1, (19, 38), 3072), "klein": (checkpoints.flux
 SIZES = (1024, 2048)
 TEXT_TOKENS = 512
 FORMAT = "fp8_e4m3_rowwise"
+NAMES = ("eager", "ours, eager", FORMAT, f"ours, {FORMAT}")
 CFG = 4.0
 
 
@@ -34,11 +36,12 @@ def measure(
     sizes: Sequence[int],
     steps: int,
     json: Path | None,
-    format: str = FORMAT,
+    names: Sequence[str] = NAMES,
     cpu: bool = False,
     **settings: Any,
-) -> list[Side]:
-    """Measure each side of the model of ``SHAPES`` called ``shape`` at each of ``sizes``, in pixels, and print a table.
+) -> list[dict[str, Any]]:
+    """Measure each of ``names`` on one device and over several, of the model of ``SHAPES`` called ``shape``, at each of
+    ``sizes``, in pixels. Rows of a table are printed, and written to ``json``, as they are known.
 
     Args:
         count: of devices.
@@ -51,26 +54,29 @@ def measure(
         RuntimeError: a side was not shared out, or there are fewer devices.
     """
     with loaded(shape, count, blocks, hidden, cpu) as eager:
-        small = gpu_host.quantize(eager, format)
-        sides: list[Side] = []
-        for name, model in (("eager", eager), (format, small)):
-            over = split(model, count)
-            sides += [Side(name, model), Side(f"{name}, {count} devices", over)]
-            ours = gpu_host.compiled(model, **settings), gpu_host.compiled(over, **settings)
-            sides += [Side(f"ours, {name}", ours[0]), Side(f"ours, {name}, {count} devices", ours[1])]
-        rows = [row for size in sizes for row in measure_size(sides, size, steps, cpu)]
-    _print(
-        count,
-        shape,
-        cpu,
-        [("", "    pixels   ms/step   x one  issue ms   cold s  graphs  rel. diff"), *map(_line, rows)],
-    )
-    if json:
         from hotpath_pack.hotpath import fibers
 
-        turns = "fibers" if fibers.available() else "threads"
-        write_json(json, {**gpu_host.about(), "turns": turns, "devices": count, "shape": shape, "rows": rows})
-    return sides
+        pairs: list[tuple[Side, Side]] = []
+        small = gpu_host.quantize(eager, FORMAT) if any(FORMAT in name for name in names) else None
+        for name in names:
+            model = small if FORMAT in name else eager
+            over = split(model, count)
+            if name.startswith("ours"):
+                model, over = (gpu_host.compiled(each, **settings) for each in (model, over))
+            pairs.append((Side(name, model), Side(f"{name}, {count} devices", over)))
+        facts = {**gpu_host.about(), "turns": "fibers" if fibers.available() else "threads", "devices": count}
+        rows: list[dict[str, Any]] = []
+        for size in sizes:
+
+            def sample(model: Any, steps: int, wait: bool = True, size: int = size) -> tuple[Tensor, list[float]]:
+                return _timed(model, size, steps, wait, cpu)
+
+            rows += measure_pairs(pairs, sample, sample(eager, 1)[0], size, steps)
+            _tell(rows, {**facts, "shape": shape}, json)
+            for side in itertools.chain(*pairs):
+                launched = sample(side.model, steps, wait=False)[1][1:]
+                print(f"{side.name}: launched in {median(launched):.1f} ms", flush=True)
+    return rows
 
 
 @contextmanager
@@ -102,17 +108,54 @@ def split(model: Any, count: int) -> Any:
         return split_repeated_blocks(model, ", ".join(map(str, range(count))), NodeText(None))
 
 
-def _print(count: int, shape: str, cpu: bool, rows: Sequence[tuple[str, object]]) -> None:
-    where = "imitated devices" if cpu else torch.cuda.get_device_name()
-    print(f"\n{count} x {where}, torch {torch.__version__}, shape of {shape}")
-    print_table(rows)
+def measure_pairs(
+    pairs: Sequence[tuple[Side, Side]],
+    sample: Callable[[Any, int], tuple[Tensor, list[float]]],
+    want: Tensor,
+    size: int,
+    steps: int,
+) -> list[dict[str, Any]]:
+    """Rows of the table at ``size``; times of earlier sizes are forgotten."""
+    sides = list(itertools.chain(*pairs))
+    for side in sides:
+        first_prompt(side, sample, want)
+        side.steps = []
+    for _ in range(ROUNDS):
+        for side in sides:
+            side.steps += sample(side.model, steps)[1][1:]
+    return [
+        {
+            "name": side.name,
+            "pixels": size,
+            "ms": median(side.steps),
+            "times_one": median(one.steps) / median(side.steps),
+            "cold_seconds": side.cold_seconds,
+            "graphs": side.graphs,
+            "difference": side.difference,
+        }
+        for one, over in pairs
+        for side in (one, over)
+    ]
+
+
+def _tell(rows: Sequence[dict[str, Any]], facts: dict[str, Any], json: Path | None) -> None:
+    print(f"\n{facts['devices']} x {facts['device']}, torch {torch.__version__}, shape of {facts['shape']}")
+    print_table([("", "    pixels   ms/step   x one   cold s  graphs  rel. diff"), *map(_line, rows)])
+    if json:
+        write_json(json, {**facts, "rows": rows})
 
 
 def _line(row: dict[str, Any]) -> tuple[str, object]:
-    numbers = f"{row['pixels']:10}{row['ms']:10.1f}{row['times_one']:8.2f}"
-    numbers += f"{row['issue']:10.1f}" if "issue" in row else ""
-    numbers += f"{row['cold_seconds']:9.1f}{row['graphs']:8}"
+    numbers = f"{row['pixels']:10}{row['ms']:10.1f}{row['times_one']:8.2f}{row['cold_seconds']:9.1f}{row['graphs']:8}"
     return row["name"], f"{numbers}{row['difference']:11.1e}"
+
+
+def _timed(model: Any, size: int, steps: int, wait: bool, cpu: bool) -> tuple[Tensor, list[float]]:
+    out = timed(model, (size, size), 1, 16 if cpu else TEXT_TOKENS, steps, not cpu, wait)
+    for blocks in model.get_wrappers("apply_model", "hotpath_split"):
+        if blocks.why_not or not blocks.steps:
+            raise RuntimeError(f"nothing was shared out: {blocks.why_not}")
+    return out
 
 
 def measure_guidance(
@@ -125,38 +168,27 @@ def measure_guidance(
     json: Path | None,
     cpu: bool = False,
     **settings: Any,
-) -> list[Side]:
+) -> list[dict[str, Any]]:
     """The same of the host's MultiGPU CFG Split, which gives each device a conditioning: steps of a sampler at a CFG
     above 1, whose sides on one device run both at once."""
     with loaded(shape, count, blocks, hidden, cpu) as eager:
         from comfy.multigpu import create_multigpu_deepclones
 
-        sides: list[Side] = []
+        pairs: list[tuple[Side, Side]] = []
         for name, model in (("eager", eager), ("ours", gpu_host.compiled(eager, **settings))):
             with torch.inference_mode():
                 over = create_multigpu_deepclones(model, count)
-            sides += [Side(name, model), Side(f"{name}, CFG split over {count}", over)]
-        rows = []
+            pairs.append((Side(name, model), Side(f"{name}, CFG split over {count}", over)))
+        facts = {**gpu_host.about(), "devices": count, "shape": shape, "cfg": CFG}
+        rows: list[dict[str, Any]] = []
         for size in sizes:
 
             def sample(model: Any, steps: int, size: int = size) -> tuple[Tensor, list[float]]:
                 return _timed_guidance(model, size, steps, cpu)
 
-            want, _ = sample(eager, 1)
-            for side in sides:
-                first_prompt(side, sample, want)
-                side.steps = []
-            for _ in range(ROUNDS):
-                for side in sides:
-                    side.steps += sample(side.model, steps)[1]
-            for one, side in zip([sides[0], sides[0], sides[2], sides[2]], sides, strict=True):
-                row = {"name": side.name, "pixels": size, "ms": median(side.steps)}
-                row |= {"times_one": median(one.steps) / row["ms"], "cold_seconds": side.cold_seconds}
-                rows.append(row | {"graphs": side.graphs, "difference": side.difference})
-    _print(count, shape, cpu, [("", "    pixels   ms/step   x one   cold s  graphs  rel. diff"), *map(_line, rows)])
-    if json:
-        write_json(json, {**gpu_host.about(), "devices": count, "shape": shape, "cfg": CFG, "rows": rows})
-    return sides
+            rows += measure_pairs(pairs, sample, sample(eager, 1)[0], size, steps)
+            _tell(rows, facts, json)
+    return rows
 
 
 def _timed_guidance(model: Any, size: int, steps: int, cpu: bool) -> tuple[Tensor, list[float]]:
@@ -194,41 +226,3 @@ def _timed_guidance(model: Any, size: int, steps: int, cpu: bool) -> tuple[Tenso
             callback=ended,
         )
     return latent, [after - before for before, after in pairwise(ends)]
-
-
-def measure_size(sides: Sequence[Side], size: int, steps: int, cpu: bool) -> list[dict[str, Any]]:
-    """Rows of the table at ``size``; times of earlier sizes are forgotten.
-
-    ``issue`` is the milliseconds in which Python launches a step when nothing waits for the devices.
-    """
-
-    def sample(model: Any, count: int, wait: bool = True) -> tuple[Tensor, list[float]]:
-        out = timed(model, (size, size), 1, 16 if cpu else TEXT_TOKENS, count, not cpu, wait)
-        for blocks in model.get_wrappers("apply_model", "hotpath_split"):
-            if blocks.why_not or not blocks.steps:
-                raise RuntimeError(f"nothing was shared out: {blocks.why_not}")
-        return out
-
-    want, _ = sample(sides[0].model, 1)
-    for side in sides:
-        first_prompt(side, sample, want)
-        side.steps = []
-    for _ in range(ROUNDS):
-        for side in sides:
-            side.steps += sample(side.model, steps)[1][1:]
-    rows = []
-    for one, side in zip([each for each in sides[::2] for _ in range(2)], sides, strict=True):
-        middle, alone = median(side.steps), median(one.steps)
-        rows.append(
-            {
-                "name": side.name,
-                "pixels": size,
-                "ms": middle,
-                "times_one": alone / middle,
-                "issue": median(sample(side.model, steps, wait=False)[1][1:]),
-                "cold_seconds": side.cold_seconds,
-                "graphs": side.graphs,
-                "difference": side.difference,
-            }
-        )
-    return rows

@@ -111,8 +111,12 @@ def main(arguments: Sequence[str]) -> int:
         for shape in given.shapes or devices.SHAPES:
             sizes, steps = given.sizes or devices.SIZES, IMAGE_STEPS // ROUNDS // 2
             file = given.json and given.json.with_stem(f"{given.json.stem}_{shape}")
-            measure_devices = devices.measure_guidance if given.guidance else devices.measure
-            measure_devices(given.devices, shape, given.blocks, None, sizes, steps, file)
+            if given.guidance:
+                devices.measure_guidance(given.devices, shape, given.blocks, None, sizes, steps, file)
+            else:
+                devices.measure(
+                    given.devices, shape, given.blocks, None, sizes, steps, file, given.sides or devices.NAMES
+                )
         return 0
     if given.start:
         blocks = tuple(given.blocks or START_BLOCKS)

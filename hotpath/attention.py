@@ -10,6 +10,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -31,8 +32,13 @@ Attend = Callable[[Tensor, Tensor, Tensor, "Tensor | None", "Tensor | None", Seq
 def prefers_cudnn(like: Tensor) -> bool:
     """Whether cuDNN's attention is the faster one on the device of ``like``: on Hopper alone; elsewhere PyTorch's order
     was measured to be, or nothing was."""
-    nvidia = like.is_cuda and torch.version.hip is None
-    return nvidia and torch.cuda.get_device_capability(like.device)[0] == 9
+    return like.is_cuda and torch.version.hip is None and _is_hopper(like.device)
+
+
+@cache
+def _is_hopper(device: torch.device) -> bool:
+    # Asked before each call of a block.
+    return torch.cuda.get_device_capability(device)[0] == 9
 
 
 def cudnn_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -194,7 +194,8 @@ class _Captures:
         graph, self._graph = self._graph, None
         try:
             clear_workspaces()
-            graph.capture_end()
+            # Between two calls there may be nothing.
+            self._ended(graph)
         except BaseException as error:
             self._leave(graph, error)
             raise

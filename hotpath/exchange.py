@@ -19,6 +19,7 @@ from torch import Tensor
 
 from .attention import called_out
 from .first_run import stands_in, waiting_for_others
+from .peers import Streams
 
 
 class Abandoned(RuntimeError):
@@ -55,19 +56,6 @@ class Threads:
 
     def wake(self, place: int) -> None:
         self._go[place].release()
-
-
-class Streams:
-    """Streams of CUDA devices, each pair made when it is first asked for."""
-
-    def __init__(self) -> None:
-        self._made: dict[tuple[torch.device, torch.device], tuple[torch.cuda.Stream, torch.cuda.Stream]] = {}
-
-    def between(self, source: torch.device, target: torch.device) -> tuple[torch.cuda.Stream, torch.cuda.Stream]:
-        """One of ``source`` and one of ``target``, for what is copied from one to the other."""
-        if (source, target) not in self._made:
-            self._made[source, target] = torch.cuda.Stream(source), torch.cuda.Stream(target)
-        return self._made[source, target]
 
 
 class _Arrival(NamedTuple):
@@ -141,10 +129,13 @@ class Exchange:
             ValueError: rows are missing.
         """
         rows, others = self._counts[place], sum(self._counts) - self._counts[place]
-        if (len(mine), len(theirs)) != (rows, others):
-            raise ValueError(f"{len(mine)} rows and {len(theirs)} of others are not {rows} and {others}")
-        stream = torch.cuda.current_stream(mine.device) if mine.is_cuda else None
-        arrival = _Arrival(mine, theirs, stream, None if stream is None else stream.record_event())
+        if (mine.shape[0], theirs.shape[0]) != (rows, others):
+            raise ValueError(f"{mine.shape[0]} rows and {theirs.shape[0]} of others are not {rows} and {others}")
+        stream = reached = None
+        if mine.is_cuda:
+            stream, reached = self._streams.current(mine.device), self._streams.reached(place)
+            reached.record(stream)
+        arrival = _Arrival(mine, theirs, stream, reached)
         self._given[place] += 1
         self._arrived[place] = self._own[place] = arrival
         if len(self._arrived) == len(self._counts):
@@ -212,18 +203,19 @@ class Exchange:
     def _copy(self, source: int, place: int) -> torch.cuda.Event | None:
         given, wanted = self._arrived[source], self._arrived[place]
         start = sum(self._counts[:source]) - (self._counts[place] if place < source else 0)
-        rows = wanted.theirs[start : start + len(given.mine)]
+        rows = wanted.theirs.narrow(0, start, given.mine.shape[0])
         if given.reached is None or wanted.reached is None:
             rows.copy_(given.mine)
             return None
-        leaving, arriving = self._streams.between(given.mine.device, rows.device)
+        leaving, arriving, copied = self._streams.way(source, given.mine.device, place, rows.device)
         arriving.wait_event(given.reached)
         arriving.wait_event(wanted.reached)
         # PyTorch copies on the current stream of the source, after and before that of the target.
         torch.cuda.set_stream(leaving)
         torch.cuda.set_stream(arriving)
         rows.copy_(given.mine, non_blocking=True)
-        return arriving.record_event()
+        copied.record(arriving)
+        return copied
 
     def _resume(self) -> None:
         """Those that wait for rows may run, within the guard."""

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from .first_run import waits_for_others
 from .template import own_state
 from .values import varying_dims
 
@@ -259,14 +260,20 @@ class Dependencies:
     def __init__(self, each: Iterable[Dependency]) -> None:
         self._each = tuple(each)
         self._identities: _Identities | None = None
+        self._held_in: object = None
 
     def hold(self) -> bool:
         """Whether each of them does."""
-        if self._identities is not None and self._identities.same():
+        # Between blocks that wait for other devices no code runs but the host's.
+        call = waits_for_others()
+        if call is not None and call is self._held_in:
             return True
-        if self.broken() is not None:
-            return False
-        self._identities = _Identities(self._each)
+        self._held_in = None
+        if self._identities is None or not self._identities.same():
+            if self.broken() is not None:
+                return False
+            self._identities = _Identities(self._each)
+        self._held_in = call
         return True
 
     def told(self) -> list[tuple[str, tuple[tuple[str, Any], ...], str]]:

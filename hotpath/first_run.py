@@ -17,7 +17,7 @@ T = TypeVar("T")
 
 class _Current(threading.local):
     def __init__(self) -> None:
-        self.waits = False
+        self.waits: object = None
         self.alone = False
         self.run: FirstRun | None = None
 
@@ -29,7 +29,7 @@ class FirstRun:
     """A run under the lock of compiling; ``inputs`` are what it may write over."""
 
     def __init__(self, inputs: Mapping[str, Any]) -> None:
-        self._copies = Copies(inputs) if _current.waits else None
+        self._copies = Copies(inputs) if _current.waits is not None else None
         self._stood_in = False
 
     def again(self) -> bool:
@@ -56,13 +56,13 @@ def _holding(name: str, value: T) -> Iterator[T]:
         setattr(_current, name, before)
 
 
-def waiting_for_others() -> AbstractContextManager[bool]:
+def waiting_for_others() -> AbstractContextManager[object]:
     """A scope in which attention on this thread waits for other threads."""
-    return _holding("waits", True)
+    return _holding("waits", object())
 
 
-def waits_for_others() -> bool:
-    """Whether attention on this thread waits for other threads."""
+def waits_for_others() -> object:
+    """What stands for the scope in which attention on this thread waits for other threads; None where it doesn't."""
     return _current.waits
 
 

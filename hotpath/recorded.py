@@ -85,8 +85,8 @@ class _Block:
 class _Frame:
     """What all blocks of one graph and one size share. ``outputs`` are numbers of inputs, where the block wrote its
     output over them, or memory that each block's output is copied to and handed out from as a copy; ``written`` are the
-    numbers of the storages of inputs that a block writes. ``thread.ran`` is there on each
-    thread that ran the graph."""
+    numbers of the storages of inputs that a block writes, though it may be with what was there. ``thread.ran`` is there
+    on each thread that ran the graph."""
 
     graph: Graph
     static: StaticInputs | None = None
@@ -219,7 +219,7 @@ class Recordings:
             block.recording = None
         if block.recording is None:
             # Of several devices each waits for Python at all others.
-            if block.calls < _CALLS_BEFORE or not (always or waits_for_others() or self._waits(frame)):
+            if block.calls < _CALLS_BEFORE or not (always or waits_for_others() is not None or self._waits(frame)):
                 return Replayed()
             why_not = unsafe()
             return Replayed(why_not=why_not) if why_not else self._record(frame, block, found, weights, inputs)
@@ -230,7 +230,8 @@ class Recordings:
         assert static is not None and block.recording is not None
         if static.held(found):
             return Replayed(why_not=HELD)
-        groups = static.bring(found)
+        # Between blocks that wait for other devices no code runs but the host's.
+        groups = static.bring(found, waits_for_others(), frame.written)
         block.recording.replay()
         self._mark = None
         return Replayed(_outputs(frame, found, groups))
@@ -333,6 +334,7 @@ def _computed(frame: _Frame, static: StaticInputs, weights: dict[str, Tensor]) -
         frame.shape = rebuilt(made, [torch.empty(0)] * len(outputs))
         changed = [not _same_bits(*pair) for pair in zip(static.memory, before, strict=True)]
         frame.written = {group for group, differs in enumerate(changed) if differs}
+        frame.written |= {static.group_of(place) for place in frame.outputs if not isinstance(place, Tensor)}
         return [memory.clone() for memory in (*static.memory, *new)]
 
 

@@ -26,11 +26,12 @@ def from_size(size: Tensor | int | None) -> int | None:
     return size.shape[0] if isinstance(size, Tensor) else size
 
 
-def span_within(start: int, end: int | None, length: int) -> tuple[int, int | None]:
+def span_within(start: int | None, end: int | None, length: int) -> tuple[int | None, int | None]:
     """``start`` and ``end`` of a slice within ``length``. A trace is told that they are in order: of sizes that may be
     anything it would take two slices from the same start to the same end for two of different lengths."""
-    torch._check(start <= length)
+    if start is not None:
+        torch._check(start <= length)
     if end is not None:
-        torch._check(start <= end)
+        torch._check(start is None or start <= end)
         torch._check(end <= length)
     return start, end

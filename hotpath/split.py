@@ -18,7 +18,6 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,7 +26,6 @@ from . import fibers
 from .exchange import (
     Abandoned,
     Exchange,
-    Streams,
     Threads,
     WithinOperator,
     exchanging,
@@ -35,6 +33,7 @@ from .exchange import (
     resume,
 )
 from .fibers import Fibers
+from .peers import Given, PeerCopies, Streams, give
 
 # A dimension of one is a structure of its own to a compiler, and none is no part of a sequence.
 FEWEST_TOKENS = 2
@@ -98,45 +97,6 @@ def share_of_mask(mask: Tensor, places: Sequence[Sequence[slice]], place: int) -
         if mask.shape[dim] == total:
             mask = torch.cat([mask.narrow(dim, each.start, each.stop - each.start) for each in ranges], dim)
     return mask
-
-
-class Given(NamedTuple):
-    """Tensors of one device, and on CUDA the event after which they are complete."""
-
-    tensors: tuple[Tensor, ...]
-    complete: torch.cuda.Event | None
-
-
-def give(tensors: Sequence[Tensor]) -> Given:
-    """What the current stream of the device of ``tensors`` computes, for another device to ``take``."""
-    on_cuda = bool(tensors) and tensors[0].is_cuda
-    complete = torch.cuda.current_stream(tensors[0].device).record_event() if on_cuda else None
-    return Given(tuple(tensors), complete)
-
-
-class PeerCopies:
-    """Copies to ``device`` from others, on streams of their own, so that both devices compute meanwhile."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._streams = Streams()
-
-    def take(self, given: Given) -> tuple[Tensor, ...]:
-        """``given`` on this device, complete for what its current stream runs next."""
-        source = given.tensors[0].device if given.tensors else self._device
-        if source == self._device or given.complete is None:
-            return tuple(tensor.to(self._device) for tensor in given.tensors)
-        current = torch.cuda.current_stream(self._device)
-        # PyTorch copies on the current stream of the source and has that of the target wait for it.
-        leaving, arriving = self._streams.between(source, self._device)
-        leaving.wait_event(given.complete)
-        with torch.cuda.stream(leaving), torch.cuda.stream(arriving):
-            taken = tuple(tensor.to(self._device, non_blocking=True) for tensor in given.tensors)
-        current.wait_stream(arriving)
-        for tensor, copy in zip(given.tensors, taken, strict=True):
-            tensor.record_stream(leaving)
-            copy.record_stream(current)
-        return taken
 
 
 class Crew:

@@ -6,12 +6,13 @@ modulation, keep their places to one another, so that a storage is one copy, and
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Container, Hashable, Iterable, Mapping, Sequence
 from dataclasses import fields, is_dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from .internal_memory import users
 from .values import extent, lying_in
@@ -25,6 +26,14 @@ class _Span(NamedTuple):
     start: int
     end: int
     storage: Any
+
+
+class _Brought(NamedTuple):
+    """Where the content of one storage was last brought from, in which call; the storage from the second time on."""
+
+    call: Hashable
+    start: int
+    storage: StorageWeakRef | None
 
 
 class Layout(NamedTuple):
@@ -75,6 +84,8 @@ class StaticInputs:
         self.twins = [self._twin(*pair) for pair in zip(found.tensors, found.places, strict=True)]
         self.nest = _rebuilt(inputs, iter(self.twins))
         self._own = self._users()
+        self._brought: dict[int, _Brought] = {}
+        self._groups = [group for group, _ in found.places]
 
     @property
     def bytes(self) -> int:
@@ -91,17 +102,37 @@ class StaticInputs:
         users = self._users()
         return any(users[group] > self._own[group] for group in self._foreign(found))
 
-    def bring(self, found: Layout) -> list[int]:
-        """Copy inputs here that are elsewhere; gives the numbers of the storages that were."""
+    def bring(self, found: Layout, call: Hashable = None, written: Container[int] = ()) -> list[int]:
+        """Copy inputs here that are elsewhere; gives the numbers of the storages that were.
+
+        Args:
+            call: where given, nobody writes inputs while it is the same but those in the storages ``written``, and what
+                was brought is not brought again.
+        """
         foreign = self._foreign(found)
         for group in foreign:
-            self.memory[group].copy_(_bytes_of(found.spans[group]))
+            span = found.spans[group]
+            if call is not None and group not in written:
+                brought = self._brought.get(group)
+                if brought is not None and (brought.call, brought.start) == (call, span.start):
+                    if brought.storage is None:
+                        # Other memory may come to lie there once it is gone.
+                        self._brought[group] = brought._replace(storage=StorageWeakRef(span.storage))
+                    elif not brought.storage.expired():
+                        continue
+                else:
+                    self._brought[group] = _Brought(call, span.start, None)
+            self.memory[group].copy_(_bytes_of(span))
         return foreign
 
     def give_back(self, found: Layout, groups: Iterable[int]) -> None:
         """Copy what is in the storages ``groups`` to where it was brought from."""
         for group in groups:
             _bytes_of(found.spans[group]).copy_(self.memory[group])
+
+    def group_of(self, place: int) -> int:
+        """The number of the storage of the twin with this number."""
+        return self._groups[place]
 
     def place_of(self, tensor: Tensor) -> int | None:
         """The number of the twin that ``tensor`` is a view of, element for element; None when it is a view of none."""

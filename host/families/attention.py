@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import comfy.ldm.modules.attention
+import torch
 from comfy.model_patcher import ModelPatcher
 from torch import Tensor
 
@@ -51,6 +52,14 @@ class SharedAttention:
 
     def __init__(self, others: int) -> None:
         self.others = others
+        self._sizes: dict[Any, Any] = {}
+
+    def others_as_size(self, like: Tensor, dynamic: bool) -> Any:
+        """``others`` as the ``as_size`` of each block that computes as ``like`` does, the same for all."""
+        key = like.device, like.dtype, dynamic, torch.is_inference_mode_enabled()
+        if key not in self._sizes:
+            self._sizes[key] = as_size(self.others, like, dynamic)
+        return self._sizes[key]
 
     def __call__(
         self,

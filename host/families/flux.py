@@ -136,7 +136,7 @@ def region_inputs(inputs: Mapping[str, Any], like: Tensor, dynamic: bool) -> dic
             taken[name] = [tuple(as_size(count, like, dynamic) for count in span) for span in spans]
     shared = shared_attention(inputs.get("transformer_options", {}))
     if shared is not None:
-        taken[_OTHERS] = as_size(shared.others, like, dynamic)
+        taken[_OTHERS] = shared.others_as_size(like, dynamic)
     return taken
 
 

@@ -5,6 +5,7 @@ import sys
 import pytest
 from hotpath_pack.hotpath import graphs
 from hotpath_pack.hotpath.fingerprint import Dependencies, Dependency, describe
+from hotpath_pack.hotpath.first_run import waiting_for_others
 
 pytestmark = pytest.mark.skipif(not graphs.supported(), reason="needs PyTorch 2.11")
 
@@ -54,6 +55,17 @@ def test_what_was_empty_and_was_filled_in_place_is_not_what_it_was(empty, fill, 
     assert not holding()
     found.clear()
     assert holding()
+
+
+def test_it_is_asked_once_for_all_blocks_of_a_call_in_which_only_the_host_runs_between(monkeypatch):
+    holding = Dependencies([Dependency(__name__, (("attribute", "FOUND"),), describe(1.0))]).hold
+    monkeypatch.setattr(sys.modules[__name__], "FOUND", 1.0)
+    for changed in (2.0, 1.0):
+        with waiting_for_others():
+            assert holding() is (FOUND == 1.0)
+            monkeypatch.setattr(sys.modules[__name__], "FOUND", changed)
+            assert holding() is (changed == 2.0 or FOUND == 1.0)
+        assert holding() is (FOUND == 1.0)
 
 
 PAIR = ({}, 1)
