@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.families import ROUNDS, Side, first_prompt, timed
+from benchmarks.families import ROUNDS, Side, first_prompt
 from devtools import checkpoints, gpu_host
 from devtools.cli import print_table, write_json
 
@@ -68,14 +68,15 @@ def measure(
         rows: list[dict[str, Any]] = []
         for size in sizes:
 
-            def sample(model: Any, steps: int, wait: bool = True, size: int = size) -> tuple[Tensor, list[float]]:
-                return _timed(model, size, steps, wait, cpu)
+            def sample(model: Any, steps: int, size: int = size) -> tuple[Tensor, list[float]]:
+                latent, times = _timed(model, size, steps, 1.0, cpu)
+                for blocks in model.get_wrappers("apply_model", "hotpath_split"):
+                    if blocks.why_not or not blocks.steps:
+                        raise RuntimeError(f"nothing was shared out: {blocks.why_not}")
+                return latent, times
 
             rows += measure_pairs(pairs, sample, sample(eager, 1)[0], size, steps)
             _tell(rows, {**facts, "shape": shape}, json)
-            for side in itertools.chain(*pairs):
-                launched = sample(side.model, steps, wait=False)[1][1:]
-                print(f"{side.name}: launched in {median(launched):.1f} ms", flush=True)
     return rows
 
 
@@ -122,7 +123,7 @@ def measure_pairs(
         side.steps = []
     for _ in range(ROUNDS):
         for side in sides:
-            side.steps += sample(side.model, steps)[1][1:]
+            side.steps += sample(side.model, steps)[1]
     return [
         {
             "name": side.name,
@@ -148,14 +149,6 @@ def _tell(rows: Sequence[dict[str, Any]], facts: dict[str, Any], json: Path | No
 def _line(row: dict[str, Any]) -> tuple[str, object]:
     numbers = f"{row['pixels']:10}{row['ms']:10.1f}{row['times_one']:8.2f}{row['cold_seconds']:9.1f}{row['graphs']:8}"
     return row["name"], f"{numbers}{row['difference']:11.1e}"
-
-
-def _timed(model: Any, size: int, steps: int, wait: bool, cpu: bool) -> tuple[Tensor, list[float]]:
-    out = timed(model, (size, size), 1, 16 if cpu else TEXT_TOKENS, steps, not cpu, wait)
-    for blocks in model.get_wrappers("apply_model", "hotpath_split"):
-        if blocks.why_not or not blocks.steps:
-            raise RuntimeError(f"nothing was shared out: {blocks.why_not}")
-    return out
 
 
 def measure_guidance(
@@ -184,27 +177,29 @@ def measure_guidance(
         for size in sizes:
 
             def sample(model: Any, steps: int, size: int = size) -> tuple[Tensor, list[float]]:
-                return _timed_guidance(model, size, steps, cpu)
+                return _timed(model, size, steps, CFG, cpu)
 
             rows += measure_pairs(pairs, sample, sample(eager, 1)[0], size, steps)
             _tell(rows, facts, json)
     return rows
 
 
-def _timed_guidance(model: Any, size: int, steps: int, cpu: bool) -> tuple[Tensor, list[float]]:
-    """A latent, the same at each call, and the milliseconds of each step but the first."""
+def _timed(model: Any, size: int, steps: int, cfg: float, cpu: bool) -> tuple[Tensor, list[float]]:
+    """A latent, the same at each call, and the milliseconds of each step but the first, from the end of one on the
+    first device to that of the next, as a sampler runs them: nothing waits for the devices between."""
     import comfy.sample
     from hotpath_pack.host.families import family_of
     from hotpath_pack.host.families.kinds import random_tensor
     from hotpath_pack.host.measuring.synthetic import latent_shape
 
-    ends: list[float] = []
+    ends: list[Any] = []
 
     def ended(*progress: Any) -> None:
-        if not cpu:
-            for number in range(torch.cuda.device_count()):
-                torch.cuda.synchronize(number)
-        ends.append(time.perf_counter() * 1e3)
+        if cpu:
+            ends.append(time.perf_counter() * 1e3)
+        else:
+            ends.append(torch.cuda.Event(enable_timing=True))
+            ends[-1].record(torch.cuda.current_stream(model.load_device))
 
     diffusion_model = model.model.diffusion_model
     family: Any = family_of(diffusion_model)
@@ -215,7 +210,7 @@ def _timed_guidance(model: Any, size: int, steps: int, cpu: bool) -> tuple[Tenso
             model,
             noise,
             steps,
-            CFG,
+            cfg,
             "euler",
             "simple",
             [[text, extra]],
@@ -225,4 +220,6 @@ def _timed_guidance(model: Any, size: int, steps: int, cpu: bool) -> tuple[Tenso
             disable_pbar=True,
             callback=ended,
         )
-    return latent, [after - before for before, after in pairwise(ends)]
+    if not cpu:
+        torch.cuda.synchronize(model.load_device)
+    return latent, [after - before if cpu else before.elapsed_time(after) for before, after in pairwise(ends)]

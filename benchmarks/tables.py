@@ -189,6 +189,24 @@ def devices() -> str:
     )
 
 
+def guidance() -> str:
+    """Two conditionings by two H200s, by the host's own node."""
+    seen = read("guidance_h200")
+    split = f", CFG split over {seen['devices']}"
+    rows = {row["name"]: row for row in seen["rows"]}
+    return markdown(
+        ["A step", "1 GPU", f"{seen['devices']} GPUs, MultiGPU CFG Split"],
+        (
+            (
+                SIDES[name],
+                f"{rows[name]['ms']:.1f} ms",
+                f"{rows[name + split]['ms']:.1f} ms ({rows[name + split]['times_one']:.2f}x)",
+            )
+            for name in ("eager", "ours")
+        ),
+    )
+
+
 def _devices_side(name: str) -> str:
     format = name.removeprefix("ours, ")
     nodes = [] if format == "eager" else [f"Quantize (`{format}`)"]
@@ -224,6 +242,18 @@ def gguf() -> str:
         cells = [f"{steps[side]:.1f} ms" if side in steps else "" for side in (name, f"{name} per block", ours)]
         rows.append([shown, *cells, f"{steps[name] / steps[ours]:.2f}"])
     return markdown(["A step", "without Compile", "per block", "Compile Repeated Blocks", "Times as fast"], rows)
+
+
+def four_bits() -> str:
+    """Products in 4 and 8 bits on an H200, of blocks as in the table of GGUF files."""
+    steps = {side["name"]: median(side["steps"]) for side in read("four_bits_h200")["sides"]}
+    rows = []
+    for name in ("eager", "convrot_w4a4", "int8_dynamic"):
+        shown = "bf16" if name == "eager" else f"Quantize (`{name}`)"
+        ours = steps["ours" if name == "eager" else f"{name} ours"]
+        cells = [f"{steps[name]:.1f} ms" if name in steps else "", f"{ours:.1f} ms", f"{ours / steps['ours']:.2f}"]
+        rows.append([shown, *cells])
+    return markdown(["A step", "without Compile", "Compile Repeated Blocks", "Of bf16's"], rows)
 
 
 def streamed() -> str:
@@ -346,6 +376,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "devices": devices,
     "families": families,
     "gguf": gguf,
+    "four-bits": four_bits,
+    "guidance": guidance,
     "streamed": streamed,
     "graphs": graphs,
     "int8": int8,

@@ -29,16 +29,15 @@ Attend = Callable[[Tensor, Tensor, Tensor, "Tensor | None", "Tensor | None", Seq
 (batch, tokens, heads * head dim) in q's dtype."""
 
 
-def prefers_cudnn(like: Tensor) -> bool:
-    """Whether cuDNN's attention is the faster one on the device of ``like``: on Hopper alone; elsewhere PyTorch's order
-    was measured to be, or nothing was."""
-    return like.is_cuda and torch.version.hip is None and _is_hopper(like.device)
+def prefers_cudnn(device: torch.device) -> bool:
+    """Whether cuDNN's attention is the faster one on ``device``: on Hopper alone; elsewhere PyTorch's order was
+    measured to be, or nothing was."""
+    nvidia = device.type == "cuda" and torch.version.hip is None
+    return nvidia and torch.cuda.get_device_capability(device)[0] == 9
 
 
-@cache
-def _is_hopper(device: torch.device) -> bool:
-    # Asked before each call of a block.
-    return torch.cuda.get_device_capability(device)[0] == 9
+# For what is asked before each call of a block. Within a trace PyTorch would go by no cache, and warn.
+cached_prefers_cudnn = cache(prefers_cudnn)
 
 
 def cudnn_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

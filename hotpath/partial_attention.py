@@ -53,7 +53,7 @@ def _part(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     """Attention (batch, heads, tokens, head dim) and the logarithm of its sums in float32 (batch, heads, tokens, 1)."""
     if not q.is_cuda:
         out, sums = _ATTENTION._scaled_dot_product_flash_attention_for_cpu(q, k, v)
-    elif prefers_cudnn(q) and q.shape[-1] <= _CUDNN_HEAD:
+    elif prefers_cudnn(q.device) and q.shape[-1] <= _CUDNN_HEAD:
         out, sums, *_ = _ATTENTION._scaled_dot_product_cudnn_attention(q, k, v, None, True)
     else:
         out, sums, *_ = _ATTENTION._scaled_dot_product_flash_attention(q, k, v)

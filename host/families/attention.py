@@ -10,7 +10,7 @@ import torch
 from comfy.model_patcher import ModelPatcher
 from torch import Tensor
 
-from ...hotpath.attention import Attend, cudnn_attention, joined, opaque_attention, prefers_cudnn
+from ...hotpath.attention import Attend, cached_prefers_cudnn, cudnn_attention, joined, opaque_attention
 from ...hotpath.compiled import Bind
 from ...hotpath.exchange import exchanged
 from ...hotpath.sizes import as_size, from_size
@@ -147,7 +147,7 @@ def chosen(traced: Bind, with_cudnn: Bind, opaque: Bind) -> Callable[[Attend | N
     def bind_for(attend: Attend | None, like: Tensor) -> Bind:
         if attend is not None:
             return opaque
-        return with_cudnn if prefers_cudnn(like) else traced
+        return with_cudnn if cached_prefers_cudnn(like.device) else traced
 
     return bind_for
 

@@ -12,7 +12,7 @@ import comfy.ldm.modules.attention
 import torch
 from torch import Tensor, nn
 
-from ...hotpath.attention import Attend, cudnn_attention, opaque_attention, prefers_cudnn
+from ...hotpath.attention import Attend, cached_prefers_cudnn, cudnn_attention, opaque_attention
 from ...hotpath.exchange import exchanged
 from ...hotpath.partial_attention import attention_over_devices, has_parts
 from ...hotpath.sizes import as_size, from_size, span_within
@@ -217,7 +217,7 @@ def bind_for(attend: Attend | None, like: Tensor) -> Callable[[Mapping[str, Any]
     if attend is not None:
         return bind_opaque
     # ``bind_fused`` is not among them: in a whole step nothing has shown yet that it gains.
-    return bind_cudnn if prefers_cudnn(like) else bind_traced
+    return bind_cudnn if cached_prefers_cudnn(like.device) else bind_traced
 
 
 def conditioning(diffusion_model: Any, tokens: int) -> tuple[Tensor, dict[str, Any]]:
