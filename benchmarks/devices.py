@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from itertools import pairwise
 from pathlib import Path
@@ -76,7 +76,7 @@ def measure(
                 return latent, times
 
             rows += measure_pairs(pairs, sample, sample(eager, 1)[0], size, steps)
-            _tell(rows, {**facts, "shape": shape}, json)
+            _tell(rows, itertools.chain(*pairs), {**facts, "shape": shape}, json)
     return rows
 
 
@@ -139,9 +139,12 @@ def measure_pairs(
     ]
 
 
-def _tell(rows: Sequence[dict[str, Any]], facts: dict[str, Any], json: Path | None) -> None:
+def _tell(rows: Sequence[dict[str, Any]], sides: Iterable[Side], facts: dict[str, Any], json: Path | None) -> None:
     print(f"\n{facts['devices']} x {facts['device']}, torch {torch.__version__}, shape of {facts['shape']}")
     print_table([("", "    pixels   ms/step   x one   cold s  graphs  rel. diff"), *map(_line, rows)])
+    for side in sides:
+        for blocks in side.model.get_wrappers("apply_model", "hotpath_compile"):
+            print(f"{side.name}: {blocks.replays.summary() or 'no CUDA graphs'}", flush=True)
     if json:
         write_json(json, {**facts, "rows": rows})
 
@@ -180,7 +183,7 @@ def measure_guidance(
                 return _timed(model, size, steps, CFG, cpu)
 
             rows += measure_pairs(pairs, sample, sample(eager, 1)[0], size, steps)
-            _tell(rows, facts, json)
+            _tell(rows, itertools.chain(*pairs), facts, json)
     return rows
 
 
