@@ -104,17 +104,20 @@ class Crew:
 
     Where nobody waits for others within an operator, as where blocks have all been recorded or none is compiled, fibers
     of the caller's thread do, which take turns with less ado.
-    ``enter`` is called with a device before this thread computes on it.
+    ``enter`` is called with a device before this thread computes on it. ``between`` is whether the last forward was one
+    of those, at first of an earlier crew.
     """
 
-    def __init__(self, devices: Sequence[torch.device], enter: Callable[[torch.device], None]) -> None:
+    def __init__(
+        self, devices: Sequence[torch.device], enter: Callable[[torch.device], None], between: bool = False
+    ) -> None:
         self.devices = tuple(devices)
         self.in_fibers = False
         self._enter = enter
         self._copies = [PeerCopies(device) for device in devices]
         self._streams = Streams()
         self._threads = [ThreadPoolExecutor(1, f"hotpath split {device}") for device in devices[1:]]
-        self._between = False
+        self.between = between
 
     def run(
         self,
@@ -132,7 +135,7 @@ class Crew:
         Raises:
             DeviceFailed: on one of them. All have ended then.
         """
-        self.in_fibers = self._between and fibers.available()
+        self.in_fibers = self.between and fibers.available()
         if self.in_fibers:
             try:
                 return self._run(tensors, counts, work)
@@ -173,7 +176,7 @@ class Crew:
             self._in_fibers(turns, part)
         else:
             self._in_threads(exchange, part, errors)
-        self._between = not (errors or exchange.by_operators)
+        self.between = not (errors or exchange.by_operators)
         if errors:
             self._finish()
         self._raise_first(errors)

@@ -131,6 +131,7 @@ class SplitBlocks:
         self._model = weakref.ref(model)
         self._shared = shared
         self._crew: Crew | None = None
+        self._between = False
         self._copies: list[ModelPatcher] = []
         self._told = ""
 
@@ -160,7 +161,7 @@ class SplitBlocks:
         for copy in copies:
             copy.pre_run()
         devices = [patcher.load_device, *(copy.load_device for copy in copies)]
-        self._crew = Crew(devices, comfy.model_management.set_torch_device)
+        self._crew = Crew(devices, comfy.model_management.set_torch_device, self._between)
 
     def end(self, patcher: ModelPatcher) -> None:
         """A run ended, of a model or of one of its copies."""
@@ -169,6 +170,7 @@ class SplitBlocks:
         crew, copies = self._crew, self._copies
         self._crew, self._copies = None, []
         if crew is not None:
+            self._between = crew.between
             crew.end()
         for copy in copies:
             copy.cleanup()

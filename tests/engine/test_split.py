@@ -35,7 +35,7 @@ def crew(request, monkeypatch):
         monkeypatch.setattr(fibers, "available", lambda: False)
     made = Crew(DEVICES, lambda device: None)
     # As if something had run before, and waited within no operator.
-    made._between = True
+    made.between = True
     yield made
     made.end()
 

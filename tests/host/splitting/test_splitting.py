@@ -193,12 +193,16 @@ def test_blocks_without_operators_that_wait_run_on_one_thread(filed, monkeypatch
     with monkeypatch.context() as recorded:
         for code in list(internal_memory._code.values()):
             recorded.setitem(code, "torch", _Torch())
-        for change in changes:
+        for number, change in enumerate(changes):
             ran.clear()
             assert_parity(filed, fast, **change)
             assert_shared(fast, change["steps"])
-            # A run has a crew of its own, and what it was before tells nothing of it.
-            assert ran == [False] + [True] * (change["steps"] - 1)
+            # A run has a crew of its own, which goes on as the one before.
+            assert ran == [number > 0] + [True] * (change["steps"] - 1)
+    ran.clear()
+    assert_parity(filed, fast, steps=2)
+    assert_shared(fast, 2)
+    assert not any(ran), "nothing was recorded any more"
     assert compiled_blocks(fast).eager == {}
 
 
