@@ -227,7 +227,7 @@ def start_compiler(name: str, backend: str) -> float:
     options = None
     if name == "ours" and backend == "inductor":
         from hotpath_pack.hotpath.inductor import region_options
-        from hotpath_pack.hotpath.internals import trust_compiler
+        from hotpath_pack.hotpath.internals.compiler import trust_compiler
 
         trust_compiler()
         options = region_options("default", probe=False)

@@ -27,7 +27,7 @@ from .failures import RegionFailed, Uncompiled, belongs_to_host, failure_of, rea
 from .first_run import first_run
 from .graphs import Graph, compile_graph, load_graph
 from .inductor import may_lack_instructions, region_options
-from .internals import forget_compiler, trust_compiler
+from .internals.compiler import forget_compiler, trust_compiler
 from .limits import compiling
 from .memory import peak_bytes
 from .placing import call_placed, places_in

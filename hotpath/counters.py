@@ -8,7 +8,7 @@ from pathlib import Path
 from traceback import FrameSummary
 from types import CodeType
 
-from .internal_state import counted
+from .internals.state import counted
 from .reasons import THROWN_AWAY, plain_reason
 
 log = logging.getLogger(__name__)

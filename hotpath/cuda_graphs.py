@@ -17,7 +17,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from .internal_memory import clear_workspaces, current_stream, leave_pool
+from .internals.memory import clear_workspaces, current_stream, leave_pool
 from .limits import nobody_compiling
 from .pieces import PieceRecorder, Unrecordable
 

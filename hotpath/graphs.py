@@ -25,7 +25,7 @@ from .fingerprint import (
     ships_with_python_or_torch,
     traced_places,
 )
-from .internals import (
+from .internals.kept import (
     NotAhead,
     compile_ahead,
     guards_and_code,

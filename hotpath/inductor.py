@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch._inductor.exc import CppCompileError
 
-from .internal_state import known_options
-from .internals import TRUSTED
+from .internals.compiler import TRUSTED
+from .internals.state import known_options
 from .plain_forms import plain_forms
 
 _FIRST_PASS = "pre_grad_custom_pass"
@@ -24,7 +24,7 @@ _CUDA_GRAPHS = "triton.cudagraphs"
 def region_options(mode: str, probe: bool) -> dict[str, Any]:
     """Options of ``torch.compile`` for Inductor in ``mode``.
 
-    Without ``probe`` nothing that is compiled with them has the C++ compiler probed; see ``internals.trust_compiler``.
+    Without ``probe`` nothing that is compiled with them has the C++ compiler probed; see ``internals.compiler``.
     """
     always: dict[str, Any] = {_CUDA_GRAPHS: False, _FIRST_PASS: plain_forms}
     quicker = {_LATE_VARIANTS: False, _LAUNCHES_OURS: True, **({} if probe else {TRUSTED: True})}

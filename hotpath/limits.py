@@ -10,7 +10,7 @@ from typing import Any
 from torch._dynamo import config
 from torch.fx.experimental import _config
 
-from .internals import keep_device_guard
+from .internals.state import keep_device_guard
 from .toolchain import named_user
 
 # Dynamo's tracing and Inductor have state of the process, and a host with several GPUs runs regions in several threads.

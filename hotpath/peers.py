@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .internal_memory import current_stream
+from .internals.memory import current_stream
 
 
 class Way(NamedTuple):

@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from .exchange import give, take
-from .internal_memory import lends, storage_at, unowned, unseen
+from .internals.memory import lends, storage_at, unowned, unseen
 from .values import extent, lying_in
 
 # As memory of its own would be.

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from .internal_memory import users
+from .internals.memory import users
 from .values import extent, lying_in
 
 _ALIGNMENT = 64

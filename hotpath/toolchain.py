@@ -8,7 +8,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from .internals import forget_toolchain
+from .internals.compiler import forget_toolchain
 
 
 @contextmanager

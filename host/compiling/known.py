@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from ...hotpath.internal_memory import recordable, unowned
+from ...hotpath.internals.memory import recordable, unowned
 from ...hotpath.recorded import Addresses, Graph, addresses_of
 from ...hotpath.template import BlockPlan
 from ..residency.places import Places

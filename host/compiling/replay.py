@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ...hotpath.attention import Attend
 from ...hotpath.cuda_graphs import CudaGraphs, Recorder
-from ...hotpath.internal_memory import recordable
+from ...hotpath.internals.memory import recordable
 from ...hotpath.recorded import Addresses, Graph, Recordings
 from ...hotpath.settings import CUDA_GRAPH_MODES, CompileSettings
 from ..layers.bypass import in_bypass

@@ -4,10 +4,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from hotpath_pack.hotpath import graphs, internals
+from hotpath_pack.hotpath import graphs
 from hotpath_pack.hotpath.compiled import CompileSettings, Region
 from hotpath_pack.hotpath.inductor import region_options
-from hotpath_pack.hotpath.internals import NotAhead
+from hotpath_pack.hotpath.internals import compiler, kept, state
+from hotpath_pack.hotpath.internals.kept import NotAhead
 from test_graphs import Block, as_they_are, expected, region, run, weights
 from torch._dynamo import utils
 from torch._inductor import codecache, config, cpu_vec_isa
@@ -24,14 +25,14 @@ def made():
         return torch.func.functional_call(template, weights, (), dict(as_they_are(inputs)))
 
     with torch.no_grad():
-        return internals.compile_ahead(function, (w, {"x": x}), None, {}), template, w, x
+        return kept.compile_ahead(function, (w, {"x": x}), None, {}), template, w, x
 
 
 @ahead
 @torch.no_grad()
 def test_guards_are_asked_by_the_names_of_arguments_and_the_code_runs_without_them(made):
     made, template, w, x = made
-    guards, code = internals.guards_and_code(made)
+    guards, code = kept.guards_and_code(made)
     arguments = {"weights": w, "inputs": {"x": x}, "template": template}
     assert guards.check(arguments)
     told = guards.check_verbose({**arguments, "inputs": {"x": x.double()}})
@@ -39,15 +40,15 @@ def test_guards_are_asked_by_the_names_of_arguments_and_the_code_runs_without_th
     want = expected(w, x)
     torch.testing.assert_close(code(w, {"x": x}), want)
     # A module of the host, or of this pack, would be refused as one that nobody compares.
-    assert "torch" in " ".join(internals.import_sources(made).values())
-    assert (Block.__module__, Block.forward.__code__.co_firstlineno) in set(internals.traced_lines(made))
+    assert "torch" in " ".join(kept.import_sources(made).values())
+    assert (Block.__module__, Block.forward.__code__.co_firstlineno) in set(kept.traced_lines(made))
 
 
 @pytest.mark.parametrize("has", ["nothing", "no guards", "guards that can not be asked"])
 def test_guards_in_another_form_are_not_relied_on(has):
     made = SimpleNamespace(fn=print, _artifacts=SimpleNamespace(guard_manager=None if has == "no guards" else object()))
     with pytest.raises(NotAhead, match="not known here"):
-        internals.guards_and_code(SimpleNamespace() if has == "nothing" else made)
+        kept.guards_and_code(SimpleNamespace() if has == "nothing" else made)
 
 
 @ahead
@@ -75,9 +76,9 @@ def test_without_one_of_them_regions_are_compiled_as_ever(tmp_path, monkeypatch,
 def test_code_of_another_kind_is_not_kept():
     """Inductor's code makes its kernels in one line, which is taken out; the C++ ones are what one call gives."""
     with pytest.raises(NotAhead, match="another kind of code"):
-        internals._kernels("def call(args): ...", None)
+        kept._kernels("def call(args): ...", None)
     with pytest.raises(NotAhead, match="a kernel of kind halide can't be kept"):
-        internals._kernels(f"{internals._MAKES_KERNELS}\nkernel = async_compile.halide('', '')", None)
+        kept._kernels(f"{kept._MAKES_KERNELS}\nkernel = async_compile.halide('', '')", None)
 
 
 def test_of_a_kernel_only_the_variant_that_was_chosen_is_kept():
@@ -94,59 +95,59 @@ def test_of_a_kernel_only_the_variant_that_was_chosen_is_kept():
     module = SimpleNamespace(
         tuned=SimpleNamespace(launchers=[variant(128)]), scaled=SimpleNamespace(launchers=[variant(256)])
     )
-    internals._leave_quickest(SimpleNamespace(static_autotuners=[tuned, scaled]), module)
+    kept._leave_quickest(SimpleNamespace(static_autotuners=[tuned, scaled]), module)
     assert tuned.kernel.compile_results == [second]
     assert scaled.kernel.compile_results == [first, second], "none of them was chosen"
     module.tuned.launchers.append(other)
     tuned.kernel.compile_results = [first, second, other]
-    internals._leave_quickest(SimpleNamespace(static_autotuners=[tuned]), module)
+    kept._leave_quickest(SimpleNamespace(static_autotuners=[tuned]), module)
     assert tuned.kernel.compile_results == [second, other]
 
 
 @pytest.mark.parametrize("gone", ["supported_vec_isa_list", "valid_vec_isa_list"])
 def test_where_instruction_sets_are_kept_otherwise_inductor_finds_them_out(monkeypatch, gone):
     monkeypatch.delattr(cpu_vec_isa, gone)
-    internals.trust_compiler()
-    internals.forget_compiler()
+    compiler.trust_compiler()
+    compiler.forget_compiler()
 
 
 def test_the_compiler_is_not_asked_while_it_is_trusted_and_asked_after(monkeypatch):
     asked = []
     for kind in cpu_vec_isa.supported_vec_isa_list:
         monkeypatch.setattr(type(kind), "check_build", lambda self, code: asked.append(self) or True)
-    internals.forget_compiler()
-    internals.trust_compiler()
+    compiler.forget_compiler()
+    compiler.trust_compiler()
     assert asked == [] and cpu_vec_isa.valid_vec_isa_list.cache_info().currsize == 1
     assert not any("check_build" in vars(kind) for kind in cpu_vec_isa.supported_vec_isa_list)
-    internals.forget_compiler()
+    compiler.forget_compiler()
     assert cpu_vec_isa.valid_vec_isa_list.cache_info().currsize == 0
 
 
 def test_what_inductor_remembers_of_files_is_found_by_its_kind(monkeypatch):
-    @internals.lru_cache
+    @compiler.lru_cache
     def remembered():
         return object()
 
     monkeypatch.setattr(codecache, "remembered", remembered, raising=False)
     before = remembered()
-    internals.forget_toolchain()
+    compiler.forget_toolchain()
     assert remembered() is not before
 
 
 def test_a_pytorch_without_a_device_guard_of_the_process_needs_none(monkeypatch):
     monkeypatch.delattr(torch._C, "_ensureCUDADeviceGuardSet", raising=False)
-    internals.keep_device_guard.__wrapped__()
+    state.keep_device_guard.__wrapped__()
 
 
 def test_guards_on_a_module_of_this_pack_are_not_kept():
     """In another folder it has another name."""
     made = SimpleNamespace(_artifacts=SimpleNamespace(guards_state=b"... hotpath_pack.host.families.flux ..."))
     with pytest.raises(NotAhead, match="another folder"):
-        internals.write_held(made, {}, {})
+        kept.write_held(made, {}, {})
 
 
 @pytest.mark.parametrize(
-    "gone", ["dynamic_scale_rblock", internals.TRUSTED, "static_launch_user_defined_triton_kernels"]
+    "gone", ["dynamic_scale_rblock", compiler.TRUSTED, "static_launch_user_defined_triton_kernels"]
 )
 def test_an_option_that_inductor_has_not_is_not_asked_for(monkeypatch, gone):
     """It is found by its name as an attribute, a dotted one too, and makes code quicker alone."""

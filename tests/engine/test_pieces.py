@@ -7,12 +7,13 @@ from functools import partial
 
 import pytest
 import torch
-from hotpath_pack.hotpath import internal_memory, pieces
+from hotpath_pack.hotpath import pieces
 from hotpath_pack.hotpath.cuda_graphs import Busy, undisturbed
 from hotpath_pack.hotpath.exchange import GivenRows
 from hotpath_pack.hotpath.first_run import alone
 from hotpath_pack.hotpath.graphs import compile_graph, load_graph
-from hotpath_pack.hotpath.internal_memory import lends
+from hotpath_pack.hotpath.internals import memory
+from hotpath_pack.hotpath.internals.memory import lends
 from hotpath_pack.hotpath.limits import compiling
 from hotpath_pack.hotpath.pieces import Arena, PieceRecorder, Unrecordable, _Full
 from hypothesis import given, settings
@@ -257,7 +258,7 @@ def test_inductors_code_takes_memory_as_ever_in_other_threads_and_after():
         lent.append(size)
         return torch.empty(size, dtype=dtype)
 
-    before = [code["empty_strided_cpu"] for code in internal_memory._code.values()]
+    before = [code["empty_strided_cpu"] for code in memory._code.values()]
     with lends(CPU, lend):
         thread = Thread(target=graph, args=({}, {"x": torch.ones(4)}))
         thread.start()
@@ -265,14 +266,14 @@ def test_inductors_code_takes_memory_as_ever_in_other_threads_and_after():
         assert not lent
         graph({}, {"x": torch.ones(4)})
         assert lent == [(4,)]
-    assert before == [code["empty_strided_cpu"] for code in internal_memory._code.values()]
+    assert before == [code["empty_strided_cpu"] for code in memory._code.values()]
 
 
 @pytest.mark.skipif(torch.version.cuda is None, reason="this PyTorch is not built for CUDA")
 def test_a_pytorch_without_what_recordings_need_records_nothing(monkeypatch):
-    assert internal_memory.recordable()
+    assert memory.recordable()
     monkeypatch.delattr(torch._C, "_cuda_clearCublasWorkspaces")
-    assert not internal_memory.recordable()
+    assert not memory.recordable()
 
 
 def test_inductors_code_that_takes_memory_otherwise_is_not_recorded(monkeypatch):
@@ -280,7 +281,7 @@ def test_inductors_code_that_takes_memory_otherwise_is_not_recorded(monkeypatch)
         pass
 
     runner = Runner()
-    monkeypatch.setattr(internal_memory, "_code", {runner: {"empty_strided_cpu_v2": torch.empty_strided}})
+    monkeypatch.setattr(memory, "_code", {runner: {"empty_strided_cpu_v2": torch.empty_strided}})
     with pytest.raises(RuntimeError, match="not known"), lends(CPU, torch.empty_strided):
         pass
 

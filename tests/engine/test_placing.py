@@ -3,7 +3,7 @@
 import pytest
 import torch
 from hotpath_pack.hotpath import graphs
-from hotpath_pack.hotpath.internals import traced_lines
+from hotpath_pack.hotpath.internals.kept import traced_lines
 from hotpath_pack.hotpath.placing import call_placed, places_in
 from test_graphs import region, run
 from torch import nn

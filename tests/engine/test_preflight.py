@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from hotpath_pack.hotpath import internals, preflight, toolchain
+from hotpath_pack.hotpath import preflight, toolchain
+from hotpath_pack.hotpath.internals import compiler
 from hotpath_pack.hotpath.reasons import first_useful_line, plain_reason
 
 
@@ -58,7 +59,7 @@ def test_a_compiler_that_has_left_the_path_is_named(monkeypatch):
     monkeypatch.setenv("PATH", "/nonexistent")
     assert "no C++ compiler was found" in preflight._cpp_problem()
     monkeypatch.undo()
-    internals.forget_toolchain()
+    compiler.forget_toolchain()
     assert preflight._cpp_problem() is None
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from hotpath_pack.devtools.reruns import Reruns
 from hotpath_pack.hotpath.first_run import waiting_for_others
-from hotpath_pack.hotpath.internal_memory import storage_at
+from hotpath_pack.hotpath.internals.memory import storage_at
 from hotpath_pack.hotpath.recorded import Recordings
 from hotpath_pack.hotpath.values import lying_in
 from recorded_blocks import Block, Graph, make_inputs, plain, step

@@ -18,7 +18,8 @@ from hotpath_pack.host.quantizing.quantize import quantize_repeated_blocks
 from hotpath_pack.host.residency.offload import OffloadSettings, offload_repeated_blocks
 from hotpath_pack.host.splitting.split import split_repeated_blocks
 from hotpath_pack.host.telling.progress import NodeText
-from hotpath_pack.hotpath import exchange, graphs, internal_memory
+from hotpath_pack.hotpath import exchange, graphs
+from hotpath_pack.hotpath.internals import memory
 from hotpath_pack.hotpath.recorded import Recordings
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
@@ -191,7 +192,7 @@ def test_blocks_without_operators_that_wait_run_on_one_thread(filed, monkeypatch
         assert_parity(filed, fast, **change)
     assert len(ran) == 9 and not any(ran)
     with monkeypatch.context() as recorded:
-        for code in list(internal_memory._code.values()):
+        for code in list(memory._code.values()):
             recorded.setitem(code, "torch", _Torch())
         for number, change in enumerate(changes):
             ran.clear()

@@ -1,8 +1,7 @@
-"""What PyTorch keeps to itself and this pack relies on: code and guards compiled ahead of time, Inductor's code as
-text, launchers of Triton kernels, and what is remembered of the C++ compiler.
+"""Code and guards compiled ahead of time, Inductor's code as text, and launchers of Triton kernels.
 
 Where a newer PyTorch differs, regions are compiled as ever and not kept: what fails while one is made, written or read
-is ``NotAhead`` to its user, and what can't be told of the compiler is found out as PyTorch does.
+is ``NotAhead`` to its user.
 """
 
 from __future__ import annotations
@@ -14,9 +13,7 @@ import importlib.util
 import io
 import re
 import tempfile
-import threading
 from collections.abc import Callable, Iterator, Mapping
-from functools import lru_cache
 from hashlib import sha256
 from pathlib import Path
 from types import FunctionType, ModuleType
@@ -24,21 +21,14 @@ from typing import Any
 
 import torch
 
-from .fingerprint import PACK
-from .internal_memory import any_code, note_code
-from .values import tensors_in
+from ..fingerprint import PACK
+from ..values import tensors_in
+from .memory import any_code, note_code
 
 _MAKES_KERNELS = "async_compile = AsyncCompile()"
 _GIVES_KERNELS = "async_compile = hotpath_kernels"
 _IMPORTS_EXTERN = "from torch._inductor.select_algorithm import extern_kernels"
 _IMPORTS_ALIGN = "from torch._inductor.codegen.memory_planning import _align as align"
-
-# The type of what functools.cache makes, which has no public name.
-_CACHED = type(lru_cache(len))
-# An option of Inductor.
-TRUSTED = "cpp.vec_isa_ok"
-# What Inductor's instruction sets note of themselves when they are probed.
-_FOUND = ("_is_avx512_bf16_supported", "_is_amx_fp16_supported")
 
 
 class NotAhead(Exception):
@@ -277,70 +267,3 @@ def _key(module: ModuleType) -> str | None:
 
 def _hash(data: bytes) -> str:
     return sha256(data).hexdigest()
-
-
-def trust_compiler() -> None:
-    """Take the C++ compiler to have all instruction sets that the processor has, where Inductor has not asked it yet.
-
-    Inductor would find out by compiling a program for each and loading it in a new process, which on a CPU takes a
-    fifth of a region's first step. Its option to go without skips some of these programs alone.
-    """
-    from torch._inductor import config, cpu_vec_isa
-
-    kinds: list[Any] = getattr(cpu_vec_isa, "supported_vec_isa_list", [])
-    find: Any = getattr(cpu_vec_isa, "valid_vec_isa_list", None)
-    if not hasattr(find, "cache_info") or find.cache_info().currsize:
-        return
-    with config.patch({TRUSTED: True}):
-        for kind in kinds:
-            kind.check_build = lambda code: True
-        try:
-            find()
-        finally:
-            for kind in kinds:
-                vars(kind).pop("check_build", None)
-
-
-def forget_compiler() -> None:
-    """Have Inductor ask anew what the C++ compiler has, and where it is."""
-    from torch._inductor import cpu_vec_isa
-
-    forget_toolchain()
-    for kind in getattr(cpu_vec_isa, "supported_vec_isa_list", []):
-        for found in _FOUND:
-            vars(kind).pop(found, None)
-        for method in vars(type(kind)).values():
-            if hasattr(method, "cache_clear"):
-                method.cache_clear()
-
-
-def forget_toolchain() -> None:
-    """Have Inductor look anew for the compiler and for files that it made before, which a cleaner may have taken."""
-    from torch._inductor import codecache, cpp_builder, cpu_vec_isa
-
-    for module in (codecache, cpp_builder, cpu_vec_isa):
-        for known in vars(module).values():
-            if isinstance(known, _CACHED):
-                known.cache_clear()
-
-
-@lru_cache
-def keep_device_guard() -> None:
-    """Let PyTorch trace in any thread.
-
-    Built for CUDA and on a machine without such a device, it puts a stand-in for the device into a table of the process
-    when it first traces, and the stand-in's memory is that of the thread: once that has ended the next trace crashes.
-    So it is put there by a thread that does not end.
-    """
-    put = getattr(torch._C, "_ensureCUDADeviceGuardSet", None)
-    if put is None or torch.cuda.is_available():
-        return
-    done = threading.Event()
-
-    def put_and_stay() -> None:
-        put()
-        done.set()
-        threading.Event().wait()
-
-    threading.Thread(target=put_and_stay, name="hotpath device guard", daemon=True).start()
-    done.wait()

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .values import extent, lying_in
+from ..values import extent, lying_in
 
 _NEEDED = (
     "_DisableTorchDispatch",

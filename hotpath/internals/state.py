@@ -1,0 +1,52 @@
+"""What Dynamo counts, which options Inductor has, and a stand-in for a device that tracing puts into a table.
+
+Where a newer PyTorch differs, what isn't counted is not told, what Inductor has no option for is not asked, and nothing
+is put into that table.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from types import CodeType
+from typing import Any
+
+import torch
+
+
+def counted() -> tuple[int, Sequence[Any], Mapping[CodeType, Sequence[str]]]:
+    """Graphs that Dynamo made in this process, why graphs broke, and which guards of a code object failed."""
+    from torch._dynamo import utils
+
+    made = getattr(utils, "counters", {}).get("stats", {}).get("unique_graphs", 0)
+    return made, getattr(utils, "graph_break_reasons", ()), getattr(utils, "guard_failures", {})
+
+
+def known_options(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of ``options`` that Inductor has, which compiles with no other: for those that images don't depend on."""
+    from torch._inductor import config
+
+    return {name: value for name, value in options.items() if hasattr(config, name)}
+
+
+@lru_cache
+def keep_device_guard() -> None:
+    """Let PyTorch trace in any thread.
+
+    Built for CUDA and on a machine without such a device, it puts a stand-in for the device into a table of the process
+    when it first traces, and the stand-in's memory is that of the thread: once that has ended the next trace crashes.
+    So it is put there by a thread that does not end.
+    """
+    put = getattr(torch._C, "_ensureCUDADeviceGuardSet", None)
+    if put is None or torch.cuda.is_available():
+        return
+    done = threading.Event()
+
+    def put_and_stay() -> None:
+        put()
+        done.set()
+        threading.Event().wait()
+
+    threading.Thread(target=put_and_stay, name="hotpath device guard", daemon=True).start()
+    done.wait()
