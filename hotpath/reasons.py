@@ -55,6 +55,8 @@ _COMPLAINT = re.compile(r"(?i)\b(?:error|cannot|can't|no such file|no space left
 # The line that a traceback ends with.
 _ERROR = re.compile(r"[\w.]*(?:Error|Exception|Exit|Interrupt)\b")
 _LONGEST = 300
+# What PyTorch calls a size that is to be any.
+_ANY_SIZE = re.compile(r"Could not \w+ .*\bdata-dependent expression\b")
 
 
 def plain_reason(reason: str) -> str:
@@ -95,6 +97,8 @@ def first_useful_line(error: BaseException) -> str:
         return f"no space is left on the disk{f' for {error.filename}' if error.filename else ''}"
     if not line:
         return type(error).__name__
+    if _ANY_SIZE.search(line):
+        return "sizes that may be any decide what it computes (dynamic: 'auto' compiles for those that are there)"
     # What Python itself raises for a mistake in code says little without its name.
     nameless = type(error).__module__ != "builtins" or isinstance(error, (RuntimeError, OSError))
     return line[:_LONGEST] if nameless else f"{type(error).__name__}: {line[:_LONGEST]}"

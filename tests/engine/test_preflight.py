@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from hotpath_pack.hotpath import preflight, toolchain
+from hotpath_pack.hotpath.failures import reason_of
 from hotpath_pack.hotpath.internals import compiler
 from hotpath_pack.hotpath.reasons import first_useful_line, plain_reason
 
@@ -106,6 +107,19 @@ def test_the_reason_of_a_full_disk():
     assert first_useful_line(OSError(28, "No space left on device", "/tmp/x")) == (
         "no space is left on the disk for /tmp/x"
     )
+
+
+def test_what_hangs_on_a_size_that_may_be_any_is_told_in_plain_words():
+    def decides(x):
+        found = x.nonzero().shape[0]
+        return x * 2 if found == 3 else x
+
+    with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
+        with pytest.raises(Exception, match="data-dependent") as raised:
+            torch.compile(decides, backend="eager", fullgraph=True)(torch.ones(4))
+    torch._dynamo.reset()
+    said = reason_of(raised.value)
+    assert said.startswith("sizes that may be any decide what it computes (dynamic: 'auto'") and "Eq(" not in said
 
 
 @pytest.mark.parametrize("system, package", [("win32", "triton-windows"), ("linux", "triton")])
