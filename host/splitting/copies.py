@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 import weakref
+from typing import Any
 
 import torch
 from comfy.model_base import BaseModel
 from comfy.model_patcher import ModelPatcher
+from torch import Tensor, nn
 
-from ..layers.containers import is_preference
+from ...hotpath.template import is_plain, own_state
+from ..layers.containers import BOOKKEEPING, is_preference
+from ..residency.weights import class_name
+from ..telling.accounting import Route
 
 KEY = "hotpath_split"
+# Elements of a weight that are compared with its copy's, and how far, for its mean square, a LoRA may round otherwise.
+_ELEMENTS = 64
+_ROUNDING = 0.005
 # By model, its copies by device: a LoRA that changes before the node does not load them again.
 _COPIES: weakref.WeakKeyDictionary[BaseModel, dict[torch.device, ModelPatcher]] = weakref.WeakKeyDictionary()
 
@@ -46,7 +54,7 @@ def match(model: ModelPatcher) -> list[ModelPatcher]:
 
 
 def why_not_copied(model: ModelPatcher) -> str:
-    """Why the weights of ``model`` as they are now can't be had on other devices too; empty where they can."""
+    """Why ``model`` as it is now can't be had on other devices too; empty where it can."""
     if model.injections:
         return f"what another node puts into the layers ({', '.join(model.injections)}, as a bypass LoRA) is there once"
     if model.hook_patches:
@@ -57,4 +65,72 @@ def why_not_copied(model: ModelPatcher) -> str:
         if name.startswith("diffusion_model.") and not is_preference(patch)
     ]
     foreign += model.weight_wrapper_patches
-    return f"another node replaces {foreign[0]}, which is there once" if foreign else ""
+    if foreign:
+        return f"another node replaces {foreign[0]}, which is there once"
+    for copy in model.get_additional_models_with_key(KEY):
+        changed = _changed_module(model.model.diffusion_model, copy.model.diffusion_model)
+        if changed:
+            return f"another node {changed}, which is there once"
+    return ""
+
+
+def is_its_own(module: nn.Module) -> bool:
+    """Whether ``module`` computes by the forward of its class, or by what this pack has put there."""
+    hooked = module._forward_hooks or module._forward_pre_hooks
+    return not hooked and isinstance(module.__dict__.get("forward"), (Route, type(None)))
+
+
+def _changed_module(ours: nn.Module, theirs: nn.Module) -> str:
+    """What was done in place to a module that the one made by the same loader has not; empty where nothing was."""
+    others = dict(theirs.named_modules())
+    for path, module in ours.named_modules():
+        other = others.get(path)
+        if not is_its_own(module):
+            return f"hooks into {path or 'the model'} or replaces its forward"
+        if other is None or class_name(type(module)) != class_name(type(other)):
+            return f"replaces {path}"
+        if path and not module._parameters and _plain_state(module) != _plain_state(other):
+            return f"changed {path}"
+    return ""
+
+
+def _plain_state(module: nn.Module) -> dict[str, Any]:
+    state = own_state(module).items()
+    return {name: value for name, value in state if name not in BOOKKEEPING and is_plain(value)}
+
+
+def changed_weight(model: ModelPatcher, copy: ModelPatcher) -> str:
+    """The name of a weight of ``model`` that is another in ``copy``, both loaded; empty where none is.
+
+    What changes a weight in place changes it all over, so that some elements tell.
+    """
+    others = dict(copy.model.diffusion_model.named_modules())
+    # By where they are, as not all may be on their device.
+    found: dict[tuple[torch.device, torch.device], list[tuple[str, Tensor, Tensor]]] = {}
+    for path, layer in model.model.diffusion_model.named_modules():
+        for name, weight in layer._parameters.items():
+            other = others[path]._parameters.get(name)
+            if weight is None or other is None or not (_is_plain(layer, weight) and _is_plain(others[path], other)):
+                continue
+            if weight.is_cpu == other.is_cpu or model.load_device.type == "cpu":
+                found.setdefault((weight.device, other.device), []).append((f"{path}.{name}", weight, other))
+    for each in found.values():
+        names, *sides = zip(*each, strict=True)
+        mine, theirs = (torch.stack([_some(weight) for weight in side]).cpu().float() for side in sides)
+        far = (mine - theirs).abs() > _ROUNDING * mine.square().mean(1, keepdim=True).sqrt()
+        for name, share in zip(names, far.float().mean(1).tolist(), strict=True):
+            if share > 0.5:
+                return name
+    return ""
+
+
+def _is_plain(layer: Any, weight: Tensor) -> bool:
+    """Whether the elements of ``weight`` can be read, and have its patches on."""
+    functions = getattr(layer, "weight_function", None) or getattr(layer, "bias_function", None)
+    return type(weight.data) is Tensor and weight.numel() >= _ELEMENTS and not functions
+
+
+def _some(weight: Tensor) -> Tensor:
+    """``_ELEMENTS`` of any weight, in its dtype."""
+    apart = weight.numel() // _ELEMENTS
+    return weight.detach().reshape(-1)[: apart * _ELEMENTS : apart]

@@ -37,7 +37,7 @@ from ..models import require_model, why_untouched
 from ..residency.offload import KEY as OFFLOAD
 from ..telling.accounting import Route, routed, routes_to
 from ..telling.progress import NodeText
-from .copies import KEY, copy_on, match, why_not_copied
+from .copies import KEY, changed_weight, copy_on, is_its_own, match, why_not_copied
 
 log = logging.getLogger(__name__)
 
@@ -160,6 +160,10 @@ class SplitBlocks:
         self._copies = copies
         for copy in copies:
             copy.pre_run()
+            changed = changed_weight(patcher, copy)
+            if changed:
+                self.why_not = f"another node changed {changed} in place, which is there once"
+                return
         devices = [patcher.load_device, *(copy.load_device for copy in copies)]
         self._crew = Crew(devices, comfy.model_management.set_torch_device, self._between)
 
@@ -221,8 +225,8 @@ class SplitBlocks:
         own = inspect.getfile(type(diffusion_model))
         if self._shared.name in diffusion_model.__dict__ or method.__func__.__code__.co_filename != own:
             return f"another node replaces {self._shared.name} of the model"
-        foreign = [block for block in _blocks(diffusion_model) if not _is_its_own(block)]
-        return "another node replaces the forward of a block" if foreign else ""
+        foreign = [block for block in _blocks(diffusion_model) if not is_its_own(block)]
+        return "another node hooks into a block or replaces its forward" if foreign else ""
 
     def _forward(
         self, diffusion_model: nn.Module, original: Callable[..., Tensor], *args: Any, **kwargs: Any
@@ -312,10 +316,6 @@ class SplitBlocks:
 
 def _blocks(diffusion_model: nn.Module) -> list[nn.Module]:
     return [block for kind in kinds_of(diffusion_model) for block in kind.blocks(diffusion_model)]
-
-
-def _is_its_own(block: nn.Module) -> bool:
-    return isinstance(block.__dict__.get("forward", None), (Route, type(None)))
 
 
 def _tensors(value: Any) -> list[Tensor]:

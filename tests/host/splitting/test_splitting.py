@@ -301,12 +301,43 @@ def with_blocks_of_its_own(model):
     return clone
 
 
+def with_hook(model):
+    layer = model.model.diffusion_model.double_blocks[1].img_mlp[2]
+    # The same weights may come here twice.
+    if not layer._forward_hooks:
+        layer.register_forward_hook(lambda module, inputs, out: out * 0.5)
+    return model
+
+
+def with_layer_of_its_own(model):
+    layer = model.model.diffusion_model.txt_in
+    layer.forward = lambda x: type(layer).forward(layer, x) * 0.5
+    return model
+
+
+def with_another_theta(model):
+    model.model.diffusion_model.pe_embedder.theta = 500
+    return model
+
+
+@torch.inference_mode()
+def with_a_weight_in_place(model):
+    weight = model.model.diffusion_model.single_blocks[2].linear2.weight
+    # The same weights may come here twice.
+    weight.copy_(weight.sign() * 0.01)
+    return model
+
+
 REFUSED = {
     "a patch of another node": with_patch("attn1_patch"),
     "attention of its own": with_patch("attention_override"),
     "reads the tokens of the whole image": with_patch("patches_replace"),
     "other blocks in place": with_blocks_of_its_own,
     "replaces forward_orig": with_own_forward,
+    "hooks into double_blocks.1.img_mlp.2": with_hook,
+    "changed pe_embedder": with_another_theta,
+    "changed single_blocks.2.linear2.weight in place": with_a_weight_in_place,
+    "hooks into txt_in or replaces its forward": with_layer_of_its_own,
     "as a bypass LoRA": with_bypass,
     "Offload Repeated Blocks": lambda model: offload_repeated_blocks(model, OffloadSettings(budget="0 %"), SILENT),
     "MultiGPU CFG Split": lambda model: comfy.multigpu.create_multigpu_deepclones(model, 2),
