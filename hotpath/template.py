@@ -10,6 +10,9 @@ import weakref
 from collections.abc import Callable, Collection, Hashable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from functools import lru_cache
+from operator import itemgetter
+from types import CodeType
 from typing import Any, NamedTuple
 
 import torch
@@ -104,6 +107,24 @@ class _GivenLayer(nn.Module):
         return inputs[self.path]
 
 
+class _Settled(NamedTuple):
+    """Values of a module that its forward reads, and what gets them from its attributes."""
+
+    get: Callable[[dict[str, Any]], Any]
+    values: Any
+
+    @staticmethod
+    def of(module: nn.Module, names: Collection[str]) -> _Settled | None:
+        held = [name for name in names if name in module.__dict__]
+        return _Settled(itemgetter(*held), itemgetter(*held)(module.__dict__)) if held else None
+
+    def hold(self, module: nn.Module) -> bool:
+        try:
+            return bool(self.get(module.__dict__) == self.values)
+        except KeyError:
+            return False
+
+
 class _Place(NamedTuple):
     """A module of the block: where it hung when the template was made."""
 
@@ -117,6 +138,7 @@ class _Place(NamedTuple):
     read_state: LayerState | None
     state: Hashable
     added: Hashable
+    settled: _Settled | None
 
 
 @dataclass(frozen=True, eq=False)
@@ -134,6 +156,12 @@ class BlockPlan:
     _places: tuple[_Place, ...] = field(repr=False)
     _additions: Additions = field(repr=False)
 
+    def is_settled(self) -> bool:
+        """Whether what the forwards of the block's modules read of them is what was planned. Asked before each call of
+        the model, as it would take long before each call of a block."""
+        known = ((place.settled, place.module()) for place in self._places if place.settled is not None)
+        return all(module is None or settled.hold(module) for settled, module in known)
+
     def layers(self, block: nn.Module) -> list[tuple[str, nn.Module, Hashable]]:
         """The layers of ``block`` that hold weights: path, layer, and its state as planned.
 
@@ -141,7 +169,7 @@ class BlockPlan:
             NotHoistable: something was bolted onto the block, or swapped in it, since it was planned.
         """
         modules: list[nn.Module] = []
-        for path, parent, name, known, kind, children, given, read_state, state, added in self._places:
+        for path, parent, name, known, kind, children, given, read_state, state, added, _ in self._places:
             module = modules[parent]._modules.get(name) if modules else block
             if module is None or module is not known() or type(module) is not kind:
                 raise NotHoistable(f"{path or 'the block'} was replaced")
@@ -220,12 +248,17 @@ def plan_block(
         given = _is_given(module)
         read_state = layer_states(type(module))
         state = None if read_state is None else read_state(module)
-        known = weakref.ref(module)
-        places.append(_Place(path, parent, name, known, type(module), children, given, read_state, state, added))
+        plain = None if given else plain_layer(module)
+        unread = (*bookkeeping, *(() if path else ignored))
+        values = {name: value for name, value in own_state(module).items() if name not in unread}
+        read = _constants(module) if given or plain is not None else _read_by(type(module)).intersection(values)
+        known, settled = weakref.ref(module), _Settled.of(module, read)
+        places.append(
+            _Place(path, parent, name, known, type(module), children, given, read_state, state, added, settled)
+        )
         if given:
             key.append((path, Given))
             return _GivenLayer(path)
-        plain = plain_layer(module)
         if plain is not None:
             if addition is not None:
                 plain = addition.around(plain)
@@ -236,8 +269,6 @@ def plan_block(
         own = {name: None if value is None else tuple(value.shape) for name, value in module._parameters.items()}
         if addition is not None or module._buffers or not own.keys() <= set(owned):
             raise NotHoistable(f"{path or 'the block'} ({type(module).__name__}) holds weights outside a known layer")
-        unread = (*bookkeeping, *(() if path else ignored))
-        values = {name: value for name, value in own_state(module).items() if name not in unread}
         for name, value in values.items():
             if not is_plain(value):
                 raise NotHoistable(f"{path or 'the block'}.{name} is a {type(value).__name__}, which can't be copied")
@@ -258,6 +289,24 @@ def plan_block(
     number = _structures.setdefault(tuple(key), len(_structures))
     given = tuple(place.path for place in places if place.given)
     return BlockPlan(template, number, given, tuple(layers), tuple(places), additions)
+
+
+def _constants(layer: nn.Module) -> Collection[str]:
+    """Attributes of a layer that what PyTorch or the host computes with it depends on."""
+    return {"eps", *getattr(type(layer), "__constants__", ())}
+
+
+@lru_cache(maxsize=256)
+def _read_by(kind: type) -> frozenset[str]:
+    """The names that functions of a class mention; others may leave what they like on its modules."""
+    found: set[str] = set()
+    for base in kind.__mro__[: kind.__mro__.index(nn.Module)]:
+        for member in vars(base).values():
+            codes = [code] if (code := getattr(getattr(member, "fget", member), "__code__", None)) else []
+            for code in codes:
+                found.update(code.co_names)
+                codes += [inner for inner in code.co_consts if isinstance(inner, CodeType)]
+    return frozenset(found)
 
 
 def _is_given(module: nn.Module) -> bool:

@@ -168,6 +168,7 @@ class CompiledBlocks(Ledger):
         """A wrapper of the host's ``apply_model``; arguments are passed on as they are, conditioning on the device."""
         asked, call = ModelCall.read(*args, **kwargs), _Call(self.selected)
         device, spent, kind = asked.x.device, self.seconds, asked.structure
+        self.plans.begin()
         self.replays.begin(call.graphs, device, asked.options)
         asked.move_conditioning()
 
@@ -388,8 +389,7 @@ class CompiledBlocks(Ledger):
             raise
 
     def _announce(self, region: Region) -> None:
-        expected = self.plans.structures()
-        number = len(self.regions) + 1
+        number, expected = len(self.regions) + 1, self.plans.structures()
         done, place = f" ({number}/{max(number, expected)})", f" ({number} of {max(number, expected)})"
         if region.compiled:
             done = place = " again"

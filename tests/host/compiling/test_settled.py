@@ -1,0 +1,60 @@
+"""What another node changes of a block's modules in place, once they were compiled."""
+
+import pytest
+import torch
+from sampling import Counting, assert_parity, compiled, compiled_blocks, sample
+
+
+def epsilon_of_a_layer(diffusion_model):
+    diffusion_model.double_blocks[1].img_norm1.eps = 0.5
+
+
+def epsilon_of_the_queries_norm(diffusion_model):
+    diffusion_model.single_blocks[1].norm.query_norm.eps = 0.5
+
+
+def a_gelu(diffusion_model):
+    diffusion_model.double_blocks[0].img_mlp[1].approximate = "none"
+
+
+@pytest.mark.parametrize("change", [epsilon_of_a_layer, epsilon_of_the_queries_norm, a_gelu])
+def test_what_a_forward_reads_of_its_modules_is_read_anew(flux, change):
+    fast = compiled(flux)
+    assert_parity(flux, fast)
+    before = sample(flux)
+    change(flux.model.diffusion_model)
+    assert (sample(flux) - before).abs().max() > 5e-4
+    with Counting() as counting:
+        assert_parity(flux, fast)
+    assert (counting.graphs, counting.breaks) == (1, 0)
+    assert compiled_blocks(fast).eager == {}
+
+
+def test_between_two_steps_of_a_run_too(flux):
+    def changing(model):
+        steps = []
+
+        def wrapper(apply_model, args):
+            steps.append(0)
+            flux.model.diffusion_model.double_blocks[1].img_norm1.eps = 0.5 if len(steps) > 1 else 1e-6
+            return apply_model(args["input"], args["timestep"], **args["c"])
+
+        clone = model.clone()
+        clone.set_model_unet_function_wrapper(wrapper)
+        return clone
+
+    fast = compiled(flux)
+    want, got = sample(changing(flux), steps=3), sample(changing(fast), steps=3)
+    assert (want - got).abs().max() <= 1e-4
+    assert (want - sample(flux, steps=3)).abs().max() > 1e-3
+
+
+def test_what_others_leave_on_modules_compiles_nothing(flux):
+    fast = compiled(flux)
+    assert_parity(flux, fast)
+    with Counting() as counting, torch._dynamo.config.patch(error_on_recompile=True):
+        for number in range(3):
+            for block in flux.model.diffusion_model.single_blocks:
+                block.step_cache_count, block.norm.step_cache_count = number, number
+            assert_parity(flux, fast)
+    assert counting.graphs == 0
