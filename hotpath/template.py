@@ -249,9 +249,10 @@ def plan_block(
         read_state = layer_states(type(module))
         state = None if read_state is None else read_state(module)
         plain = None if given else plain_layer(module)
+        kind: type = type(module)
         unread = (*bookkeeping, *(() if path else ignored))
         values = {name: value for name, value in own_state(module).items() if name not in unread}
-        read = _constants(module) if given or plain is not None else _read_by(type(module)).intersection(values)
+        read = _constants(module) if given or plain is not None else _read_by(kind).intersection(values)
         known, settled = weakref.ref(module), _Settled.of(module, read)
         places.append(
             _Place(path, parent, name, known, type(module), children, given, read_state, state, added, settled)
