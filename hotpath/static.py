@@ -122,6 +122,8 @@ class StaticInputs:
                         continue
                 else:
                     self._brought[group] = _Brought(call, span.start, None)
+            else:
+                self._brought.pop(group, None)
             self.memory[group].copy_(_bytes_of(span))
         return foreign
 

@@ -68,6 +68,24 @@ def test_inputs_that_all_blocks_share_are_brought_once_a_call_where_only_the_hos
     assert not torch.equal(got, want), "not brought again though anybody may have written it"
 
 
+def test_what_a_recording_brought_is_not_taken_for_what_was_there_before(recordings):
+    graph, block, other = Graph(), Block(0), Block(1)
+    inputs, others = make_inputs(0), make_inputs(1)
+    for _ in range(2):
+        step(recordings, graph, [block], make_inputs(0))
+        recordings.run(other, graph, {"w": other.weight}, others, False)
+
+    def run(block, inputs):
+        inputs = {**inputs, "x": make_inputs(0)["x"]}
+        return recordings.run(block, graph, {"w": block.weight}, inputs, True).output["x"].clone()
+
+    with waiting_for_others():
+        first = [run(block, inputs) for _ in range(3)]
+        # It is recorded only now, with another embedding.
+        run(other, others)
+        assert torch.equal(run(block, inputs), first[0]) and torch.equal(first[0], first[2])
+
+
 def test_what_lies_where_a_shared_input_was_is_brought(recordings):
     graph, blocks = Graph(), [Block(seed) for seed in range(6)]
     for call in range(2):
