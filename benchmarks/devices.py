@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from itertools import pairwise
 from pathlib import Path
@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.families import ROUNDS, Side, first_prompt
+from benchmarks.families import ROUNDS, Side, first_prompt, sampled
 from devtools import checkpoints, gpu_host
 from devtools.cli import print_table, write_json
 
@@ -37,6 +37,7 @@ def measure(
     steps: int,
     json: Path | None,
     names: Sequence[str] = NAMES,
+    guidance: bool = False,
     cpu: bool = False,
     **settings: Any,
 ) -> list[dict[str, Any]]:
@@ -47,6 +48,8 @@ def measure(
         count: of devices.
         blocks, hidden: by default those of the real model.
         steps: of each round.
+        guidance: in place of ``names``, by the host's MultiGPU CFG Split, which gives each device a conditioning: steps
+            at a CFG above 1, of which one device runs both at once.
         settings: of Compile Repeated Blocks.
         cpu: on devices that are imitated, to try it out.
 
@@ -56,28 +59,43 @@ def measure(
     with loaded(shape, count, blocks, hidden, cpu) as eager:
         from hotpath_pack.hotpath import fibers
 
-        pairs: list[tuple[Side, Side]] = []
-        small = gpu_host.quantize(eager, FORMAT) if any(FORMAT in name for name in names) else None
-        for name in names:
-            model = small if FORMAT in name else eager
-            over = split(model, count)
-            if name.startswith("ours"):
-                model, over = (gpu_host.compiled(each, **settings) for each in (model, over))
-            pairs.append((Side(name, model), Side(f"{name}, {count} devices", over)))
-        facts = {**gpu_host.about(), "turns": "fibers" if fibers.available() else "threads", "devices": count}
+        pairs = guided(eager, count, settings) if guidance else shared_out(eager, names, count, settings)
+        how = {"cfg": CFG} if guidance else {"turns": "fibers" if fibers.available() else "threads"}
+        facts = {**gpu_host.about(), **how, "devices": count, "shape": shape}
         rows: list[dict[str, Any]] = []
         for size in sizes:
 
             def sample(model: Any, steps: int, size: int = size) -> tuple[Tensor, list[float]]:
-                latent, times = _timed(model, size, steps, 1.0, cpu)
-                for blocks in model.get_wrappers("apply_model", "hotpath_split"):
-                    if blocks.why_not or not blocks.steps:
-                        raise RuntimeError(f"nothing was shared out: {blocks.why_not}")
-                return latent, times
+                return _timed(model, size, steps, CFG if guidance else 1.0, cpu)
 
             rows += measure_pairs(pairs, sample, sample(eager, 1)[0], size, steps)
-            _tell(rows, itertools.chain(*pairs), {**facts, "shape": shape}, json)
+            _tell(rows, itertools.chain(*pairs), facts, json)
     return rows
+
+
+def shared_out(eager: Any, names: Sequence[str], count: int, settings: Mapping[str, Any]) -> list[tuple[Side, Side]]:
+    """Each of ``names`` on one device, and with its tokens over several."""
+    small = gpu_host.quantize(eager, FORMAT) if any(FORMAT in name for name in names) else None
+    pairs = []
+    for name in names:
+        model = small if FORMAT in name else eager
+        over = split(model, count)
+        if name.startswith("ours"):
+            model, over = (gpu_host.compiled(each, **settings) for each in (model, over))
+        pairs.append((Side(name, model), Side(f"{name}, {count} devices", over)))
+    return pairs
+
+
+def guided(eager: Any, count: int, settings: Mapping[str, Any]) -> list[tuple[Side, Side]]:
+    """Eager and compiled, with both conditionings on one device and each on its own."""
+    from comfy.multigpu import create_multigpu_deepclones
+
+    pairs = []
+    for name, model in (("eager", eager), ("ours", gpu_host.compiled(eager, **settings))):
+        with torch.inference_mode():
+            over = create_multigpu_deepclones(model, count)
+        pairs.append((Side(name, model), Side(f"{name}, CFG split over {count}", over)))
+    return pairs
 
 
 @contextmanager
@@ -154,47 +172,9 @@ def _line(row: dict[str, Any]) -> tuple[str, object]:
     return row["name"], f"{numbers}{row['difference']:11.1e}"
 
 
-def measure_guidance(
-    count: int,
-    shape: str,
-    blocks: tuple[int, int] | None,
-    hidden: int | None,
-    sizes: Sequence[int],
-    steps: int,
-    json: Path | None,
-    cpu: bool = False,
-    **settings: Any,
-) -> list[dict[str, Any]]:
-    """The same of the host's MultiGPU CFG Split, which gives each device a conditioning: steps of a sampler at a CFG
-    above 1, whose sides on one device run both at once."""
-    with loaded(shape, count, blocks, hidden, cpu) as eager:
-        from comfy.multigpu import create_multigpu_deepclones
-
-        pairs: list[tuple[Side, Side]] = []
-        for name, model in (("eager", eager), ("ours", gpu_host.compiled(eager, **settings))):
-            with torch.inference_mode():
-                over = create_multigpu_deepclones(model, count)
-            pairs.append((Side(name, model), Side(f"{name}, CFG split over {count}", over)))
-        facts = {**gpu_host.about(), "devices": count, "shape": shape, "cfg": CFG}
-        rows: list[dict[str, Any]] = []
-        for size in sizes:
-
-            def sample(model: Any, steps: int, size: int = size) -> tuple[Tensor, list[float]]:
-                return _timed(model, size, steps, CFG, cpu)
-
-            rows += measure_pairs(pairs, sample, sample(eager, 1)[0], size, steps)
-            _tell(rows, itertools.chain(*pairs), facts, json)
-    return rows
-
-
 def _timed(model: Any, size: int, steps: int, cfg: float, cpu: bool) -> tuple[Tensor, list[float]]:
     """A latent, the same at each call, and the milliseconds of each step but the first, from the end of one on the
     first device to that of the next, as a sampler runs them: nothing waits for the devices between."""
-    import comfy.sample
-    from hotpath_pack.host.families import family_of
-    from hotpath_pack.host.families.kinds import random_tensor
-    from hotpath_pack.host.measuring.synthetic import latent_shape
-
     ends: list[Any] = []
 
     def ended(*progress: Any) -> None:
@@ -204,25 +184,10 @@ def _timed(model: Any, size: int, steps: int, cfg: float, cpu: bool) -> tuple[Te
             ends.append(torch.cuda.Event(enable_timing=True))
             ends[-1].record(torch.cuda.current_stream(model.load_device))
 
-    diffusion_model = model.model.diffusion_model
-    family: Any = family_of(diffusion_model)
-    ((text, extra),) = [list(family.conditioning(diffusion_model, 16 if cpu else TEXT_TOKENS))]
-    noise = random_tensor(*latent_shape(model, size, size, 1, 1))
-    with torch.inference_mode():
-        latent = comfy.sample.sample(
-            model,
-            noise,
-            steps,
-            cfg,
-            "euler",
-            "simple",
-            [[text, extra]],
-            [[-text, extra]],
-            noise * 0,
-            seed=0,
-            disable_pbar=True,
-            callback=ended,
-        )
+    latent = sampled(model, (size, size), 1, 16 if cpu else TEXT_TOKENS, steps, cfg, ended)
+    for blocks in model.get_wrappers("apply_model", "hotpath_split"):
+        if blocks.why_not or not blocks.steps:
+            raise RuntimeError(f"nothing was shared out: {blocks.why_not}")
     if not cpu:
         torch.cuda.synchronize(model.load_device)
     return latent, [after - before if cpu else before.elapsed_time(after) for before, after in pairwise(ends)]

@@ -118,15 +118,9 @@ def per_block(model: Any) -> Any:
 
 
 def timed(
-    model: Any, size: tuple[int, int], frames: int, tokens: int, steps: int, cuda: bool, wait: bool = True
+    model: Any, size: tuple[int, int], frames: int, tokens: int, steps: int, cuda: bool
 ) -> tuple[Tensor, list[float]]:
-    """A latent, the same at each call, and the milliseconds of each evaluation of the model; without ``wait`` those in
-    which it is launched."""
-    import comfy.sample
-    from hotpath_pack.host.families import family_of
-    from hotpath_pack.host.families.kinds import random_tensor
-    from hotpath_pack.host.measuring.synthetic import latent_shape
-
+    """A latent, the same at each call, and the milliseconds of each evaluation of the model."""
     times: list[float] = []
 
     def clocked(call: Callable[[], Tensor]) -> Tensor:
@@ -134,21 +128,37 @@ def timed(
             torch.cuda.synchronize()
         started = time.perf_counter()
         out = call()
-        if cuda and wait:
+        if cuda:
             torch.cuda.synchronize()
         times.append((time.perf_counter() - started) * 1e3)
         return out
 
+    return sampled(gpu_host.calling(model, clocked), size, frames, tokens, steps), times
+
+
+def sampled(
+    model: Any,
+    size: tuple[int, int],
+    frames: int,
+    tokens: int,
+    steps: int,
+    cfg: float = 1.0,
+    callback: Callable[..., None] | None = None,
+) -> Tensor:
+    """A latent, the same at each call; with a ``cfg`` other than 1 of two branches."""
+    import comfy.sample
+    from hotpath_pack.host.families import family_of
+    from hotpath_pack.host.families.kinds import random_tensor
+    from hotpath_pack.host.measuring.synthetic import latent_shape
+
     diffusion_model = model.model.diffusion_model
     family: Any = family_of(diffusion_model)
-    condition = [list(family.conditioning(diffusion_model, tokens))]
+    text, extra = family.conditioning(diffusion_model, tokens)
     noise = random_tensor(*latent_shape(model, *size, 1, frames))
-    clone = gpu_host.calling(model, clocked)
+    branches = [[text, extra]], [[-text, extra]]
+    run = dict(seed=0, disable_pbar=True, callback=callback)
     with torch.inference_mode():
-        latent = comfy.sample.sample(
-            clone, noise, steps, 1.0, "euler", "simple", condition, condition, noise * 0, seed=0, disable_pbar=True
-        )
-    return latent, times
+        return comfy.sample.sample(model, noise, steps, cfg, "euler", "simple", *branches, noise * 0, **run)
 
 
 def report(name: str, sides: Sequence[Side], blocks: int, json: Path | None) -> None:

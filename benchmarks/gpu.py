@@ -111,12 +111,10 @@ def main(arguments: Sequence[str]) -> int:
         for shape in given.shapes or devices.SHAPES:
             sizes, steps = given.sizes or devices.SIZES, IMAGE_STEPS // ROUNDS // 2
             file = given.json and given.json.with_stem(f"{given.json.stem}_{shape}")
-            if given.guidance:
-                devices.measure_guidance(given.devices, shape, given.blocks, None, sizes, steps, file)
-            else:
-                devices.measure(
-                    given.devices, shape, given.blocks, None, sizes, steps, file, given.sides or devices.NAMES
-                )
+            names = given.sides or devices.NAMES
+            devices.measure(
+                given.devices, shape, given.blocks, None, sizes, steps, file, names, guidance=given.guidance
+            )
         return 0
     if given.start:
         blocks = tuple(given.blocks or START_BLOCKS)

@@ -133,7 +133,7 @@ class Exchange:
             raise ValueError(f"{mine.shape[0]} rows and {theirs.shape[0]} of others are not {rows} and {others}")
         stream = reached = None
         if mine.is_cuda:
-            stream, reached = self._streams.current(mine.device), self._streams.reached(place)
+            stream, reached = self._streams.current(mine.device), self._streams.event(place)
             reached.record(stream)
         arrival = _Arrival(mine, theirs, stream, reached)
         self._given[place] += 1
@@ -207,13 +207,14 @@ class Exchange:
         if given.reached is None or wanted.reached is None:
             rows.copy_(given.mine)
             return None
-        leaving, arriving, copied = self._streams.way(source, given.mine.device, place, rows.device)
+        leaving, arriving = self._streams.way(source, given.mine.device, place, rows.device)
         arriving.wait_event(given.reached)
         arriving.wait_event(wanted.reached)
         # PyTorch copies on the current stream of the source, after and before that of the target.
         torch.cuda.set_stream(leaving)
         torch.cuda.set_stream(arriving)
         rows.copy_(given.mine, non_blocking=True)
+        copied = self._streams.event((source, place))
         copied.record(arriving)
         return copied
 

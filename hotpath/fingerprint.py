@@ -22,7 +22,7 @@ import torch
 from torch import nn
 
 from .first_run import waits_for_others
-from .template import own_state
+from .template import codes_of, functions_of, own_state
 from .values import varying_dims
 
 # The package that the pack was loaded as, which is its folder in a host.
@@ -137,9 +137,7 @@ def _own_classes(module: nn.Module) -> list[type]:
 
 
 def _methods(kind: type) -> list[FunctionType]:
-    members = [getattr(vars(kind)[name], "fget", vars(kind)[name]) for name in sorted(vars(kind))]
-    functions = [getattr(member, "__func__", member) for member in members]
-    return [function for function in functions if isinstance(function, FunctionType)]
+    return [function for _, function in sorted(functions_of(kind), key=itemgetter(0))]
 
 
 def _class_text(kind: type) -> str:
@@ -331,7 +329,7 @@ def traced_places(roots: Iterable[Any]) -> set[tuple[str, int]]:
     """
     places = set()
     for function in _functions(roots):
-        for code in _codes(function.__code__):
+        for code in codes_of(function.__code__):
             places.add((function.__module__, code.co_firstlineno))
             if code is not function.__code__:
                 with suppress(OSError, SyntaxError):
@@ -348,13 +346,6 @@ def _functions(values: Iterable[Any]) -> Iterator[FunctionType]:
         elif isinstance(value, nn.Module):
             for module in value.modules():
                 yield from _functions(_own_classes(module))
-
-
-def _codes(code: CodeType) -> Iterator[CodeType]:
-    yield code
-    for value in code.co_consts:
-        if isinstance(value, CodeType):
-            yield from _codes(value)
 
 
 def ships_with_python_or_torch(module: str) -> bool:

@@ -11,21 +11,13 @@ from torch import Tensor
 from .internals.memory import current_stream
 
 
-class Way(NamedTuple):
-    """What is copied from one device to another leaves on a stream of the one and arrives on one of the other."""
-
-    leaving: torch.cuda.Stream
-    arriving: torch.cuda.Stream
-    copied: torch.cuda.Event
-
-
 class Streams:
     """Streams and events of CUDA devices, made when they are first asked for and used again at each block: what waits
     for an event waits for what it stood for then."""
 
     def __init__(self) -> None:
-        self._ways: dict[tuple[Hashable, Hashable], Way] = {}
-        self._reached: dict[Hashable, torch.cuda.Event] = {}
+        self._ways: dict[tuple[Hashable, Hashable], tuple[torch.cuda.Stream, torch.cuda.Stream]] = {}
+        self._events: dict[Hashable, torch.cuda.Event] = {}
         self._current: dict[tuple[torch.device, int], torch.cuda.Stream] = {}
 
     def current(self, device: torch.device) -> torch.cuda.Stream:
@@ -34,16 +26,19 @@ class Streams:
             self._current[key] = torch.cuda.current_stream(device)
         return self._current[key]
 
-    def reached(self, key: Hashable) -> torch.cuda.Event:
+    def event(self, key: Hashable) -> torch.cuda.Event:
         """The event of what has ``key``, to be recorded on one device."""
-        if key not in self._reached:
-            self._reached[key] = torch.cuda.Event()
-        return self._reached[key]
+        if key not in self._events:
+            self._events[key] = torch.cuda.Event()
+        return self._events[key]
 
-    def way(self, source: Hashable, leaves: torch.device, target: Hashable, arrives: torch.device) -> Way:
-        """The way from what has the key ``source``, on the device ``leaves``, to ``target`` on ``arrives``."""
+    def way(
+        self, source: Hashable, leaves: torch.device, target: Hashable, arrives: torch.device
+    ) -> tuple[torch.cuda.Stream, torch.cuda.Stream]:
+        """A stream of the device ``leaves`` and one of ``arrives``, for what is copied from one to the other, of which
+        ``source`` and ``target`` are the keys."""
         if (source, target) not in self._ways:
-            self._ways[source, target] = Way(torch.cuda.Stream(leaves), torch.cuda.Stream(arrives), torch.cuda.Event())
+            self._ways[source, target] = torch.cuda.Stream(leaves), torch.cuda.Stream(arrives)
         return self._ways[source, target]
 
 
@@ -75,7 +70,7 @@ class PeerCopies:
             return tuple(tensor.to(self._device) for tensor in given.tensors)
         current = torch.cuda.current_stream(self._device)
         # PyTorch copies on the current stream of the source and has that of the target wait for it.
-        leaving, arriving, _ = self._streams.way(source, source, self._device, self._device)
+        leaving, arriving = self._streams.way(source, source, self._device, self._device)
         leaving.wait_event(given.complete)
         with torch.cuda.stream(leaving), torch.cuda.stream(arriving):
             taken = tuple(tensor.to(self._device, non_blocking=True) for tensor in given.tensors)

@@ -111,21 +111,24 @@ class StaticInputs:
         """
         foreign = self._foreign(found)
         for group in foreign:
-            span = found.spans[group]
-            if call is not None and group not in written:
-                brought = self._brought.get(group)
-                if brought is not None and (brought.call, brought.start) == (call, span.start):
-                    if brought.storage is None:
-                        # Other memory may come to lie there once it is gone.
-                        self._brought[group] = brought._replace(storage=StorageWeakRef(span.storage))
-                    elif not brought.storage.expired():
-                        continue
-                else:
-                    self._brought[group] = _Brought(call, span.start, None)
-            else:
+            if call is None or group in written:
                 self._brought.pop(group, None)
-            self.memory[group].copy_(_bytes_of(span))
+            elif self._is_here(group, found.spans[group], call):
+                continue
+            self.memory[group].copy_(_bytes_of(found.spans[group]))
         return foreign
+
+    def _is_here(self, group: int, span: _Span, call: Hashable) -> bool:
+        """Whether ``span`` was brought in this ``call``; that it was is noted from the second time on."""
+        brought = self._brought.get(group)
+        if brought is None or (brought.call, brought.start) != (call, span.start):
+            self._brought[group] = _Brought(call, span.start, None)
+            return False
+        if brought.storage is None:
+            # Other memory may come to lie there once it is gone.
+            self._brought[group] = brought._replace(storage=StorageWeakRef(span.storage))
+            return False
+        return not brought.storage.expired()
 
     def give_back(self, found: Layout, groups: Iterable[int]) -> None:
         """Copy what is in the storages ``groups`` to where it was brought from."""

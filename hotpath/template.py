@@ -7,12 +7,12 @@ executing by ``placing.call_placed``, so the compiled code never sees where thos
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Collection, Hashable, Mapping
+from collections.abc import Callable, Collection, Hashable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import lru_cache
 from operator import itemgetter
-from types import CodeType
+from types import CodeType, FunctionType
 from typing import Any, NamedTuple
 
 import torch
@@ -251,12 +251,11 @@ def plan_block(
         plain = None if given else plain_layer(module)
         kind: type = type(module)
         unread = (*bookkeeping, *(() if path else ignored))
-        values = {name: value for name, value in own_state(module).items() if name not in unread}
-        read = _constants(module) if given or plain is not None else _read_by(kind).intersection(values)
+        is_layer = given or plain is not None
+        values = {} if is_layer else {name: value for name, value in own_state(module).items() if name not in unread}
+        read = _constants(kind) if is_layer else _read_by(kind).intersection(values)
         known, settled = weakref.ref(module), _Settled.of(module, read)
-        places.append(
-            _Place(path, parent, name, known, type(module), children, given, read_state, state, added, settled)
-        )
+        places.append(_Place(path, parent, name, known, kind, children, given, read_state, state, added, settled))
         if given:
             key.append((path, Given))
             return _GivenLayer(path)
@@ -292,22 +291,33 @@ def plan_block(
     return BlockPlan(template, number, given, tuple(layers), tuple(places), additions)
 
 
-def _constants(layer: nn.Module) -> Collection[str]:
-    """Attributes of a layer that what PyTorch or the host computes with it depends on."""
-    return {"eps", *getattr(type(layer), "__constants__", ())}
+def _constants(kind: type) -> Collection[str]:
+    """Attributes of layers of a class that what PyTorch or the host computes with them depends on."""
+    return {"eps", *getattr(kind, "__constants__", ())}
 
 
 @lru_cache(maxsize=256)
 def _read_by(kind: type) -> frozenset[str]:
     """The names that functions of a class mention; others may leave what they like on its modules."""
-    found: set[str] = set()
-    for base in kind.__mro__[: kind.__mro__.index(nn.Module)]:
-        for member in vars(base).values():
-            codes = [code] if (code := getattr(getattr(member, "fget", member), "__code__", None)) else []
-            for code in codes:
-                found.update(code.co_names)
-                codes += [inner for inner in code.co_consts if isinstance(inner, CodeType)]
-    return frozenset(found)
+    bases = kind.__mro__[: kind.__mro__.index(nn.Module)]
+    functions = [function for base in bases for _, function in functions_of(base)]
+    return frozenset(name for each in functions for code in codes_of(each.__code__) for name in code.co_names)
+
+
+def functions_of(kind: type) -> Iterator[tuple[str, FunctionType]]:
+    """The functions that a class itself defines, by name: its methods and what gives its properties."""
+    for name, member in vars(kind).items():
+        function = getattr(member, "fget", getattr(member, "__func__", member))
+        if isinstance(function, FunctionType):
+            yield name, function
+
+
+def codes_of(code: CodeType) -> Iterator[CodeType]:
+    """``code``, and that of functions which it makes."""
+    yield code
+    for value in code.co_consts:
+        if isinstance(value, CodeType):
+            yield from codes_of(value)
 
 
 def _is_given(module: nn.Module) -> bool:

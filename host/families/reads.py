@@ -11,6 +11,8 @@ from types import FunctionType
 
 from torch import nn
 
+from ...hotpath.template import functions_of
+
 # Of a key that is no constant, and of code that can't be looked at.
 ANY = "?"
 _MODELS = "comfy.ldm."
@@ -27,10 +29,8 @@ def options_read(block: type[nn.Module]) -> frozenset[str]:
 
 
 def _reach_class(kind: type, seen: set[FunctionType]) -> None:
-    for member in vars(kind).values():
-        function = getattr(member, "fget", None) or getattr(member, "__func__", member)
-        if isinstance(function, FunctionType):
-            _reach(function, seen)
+    for _, function in functions_of(kind):
+        _reach(function, seen)
 
 
 def _reach(function: FunctionType, seen: set[FunctionType]) -> None:

@@ -9,14 +9,14 @@ from __future__ import annotations
 import dis
 import functools
 from collections.abc import Callable, Hashable, Iterator, Mapping, MutableSequence, Set
-from types import CodeType, FunctionType
+from types import FunctionType
 from typing import Any
 
 import comfy.ldm.flux.layers
 import comfy.ldm.modules.attention
 from torch import nn
 
-from ...hotpath.template import NotHoistable, is_plain, own_state
+from ...hotpath.template import NotHoistable, codes_of, functions_of, is_plain, own_state
 
 _HOST = "comfy"
 # Their state is set when they are made; asking for it at each call of each block would cost time.
@@ -73,8 +73,12 @@ def container_state(kind: type) -> Callable[[Any], Hashable] | None:
 
 
 def _state(module: nn.Module) -> Hashable:
-    state = ((name, value) for name, value in own_state(module).items() if name not in BOOKKEEPING)
-    return tuple((name, value if is_plain(value) else id(value)) for name, value in state)
+    return tuple((name, value if is_plain(value) else id(value)) for name, value in attributes_of(module))
+
+
+def attributes_of(module: nn.Module) -> Iterator[tuple[str, Any]]:
+    """What a module was given beyond what every module has, and what the host leaves for itself."""
+    return ((name, value) for name, value in own_state(module).items() if name not in BOOKKEEPING)
 
 
 def _methods(kind: type) -> Iterator[FunctionType]:
@@ -83,9 +87,8 @@ def _methods(kind: type) -> Iterator[FunctionType]:
         if base.__module__.startswith(_SETTLED):
             # PyTorch's own, of which the host's may be a kind: what of it stores never runs in a forward.
             continue
-        for name, member in vars(base).items():
-            function = getattr(member, "fget", getattr(member, "__func__", member))
-            if isinstance(function, FunctionType) and not name.startswith(_NO_PART_OF_FORWARD):
+        for name, function in functions_of(base):
+            if not name.startswith(_NO_PART_OF_FORWARD):
                 yield function
 
 
@@ -97,7 +100,7 @@ def _keeps(kind: type, methods: tuple[FunctionType, ...]) -> str:
     is kept by module would be looked up by another. All else that a forward reads Dynamo guards.
     """
     for function in methods:
-        for code in _codes(function.__code__):
+        for code in codes_of(function.__code__):
             for step in dis.get_instructions(code):
                 if step.opname in ("STORE_ATTR", "DELETE_ATTR", "STORE_GLOBAL", "DELETE_GLOBAL"):
                     return f"changes {step.argval} in its {function.__name__}"
@@ -108,10 +111,3 @@ def _keeps(kind: type, methods: tuple[FunctionType, ...]) -> str:
                 ):
                     return f"reads {step.argval} of its class in its {function.__name__}"
     return ""
-
-
-def _codes(code: CodeType) -> Iterator[CodeType]:
-    yield code
-    for value in code.co_consts:
-        if isinstance(value, CodeType):
-            yield from _codes(value)

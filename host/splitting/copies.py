@@ -10,8 +10,8 @@ from comfy.model_base import BaseModel
 from comfy.model_patcher import ModelPatcher
 from torch import Tensor, nn
 
-from ...hotpath.template import is_plain, own_state
-from ..layers.containers import BOOKKEEPING, is_preference
+from ...hotpath.template import is_plain
+from ..layers.containers import attributes_of, is_preference
 from ..residency.weights import class_name
 from ..telling.accounting import Route
 
@@ -95,8 +95,7 @@ def _changed_module(ours: nn.Module, theirs: nn.Module) -> str:
 
 
 def _plain_state(module: nn.Module) -> dict[str, Any]:
-    state = own_state(module).items()
-    return {name: value for name, value in state if name not in BOOKKEEPING and is_plain(value)}
+    return {name: value for name, value in attributes_of(module) if is_plain(value)}
 
 
 def changed_weight(model: ModelPatcher, copy: ModelPatcher) -> str:
@@ -108,26 +107,27 @@ def changed_weight(model: ModelPatcher, copy: ModelPatcher) -> str:
     # By where they are, as not all may be on their device.
     found: dict[tuple[torch.device, torch.device], list[tuple[str, Tensor, Tensor]]] = {}
     for path, layer in model.model.diffusion_model.named_modules():
-        for name, weight in layer._parameters.items():
-            other = others[path]._parameters.get(name)
-            if weight is None or other is None or not (_is_plain(layer, weight) and _is_plain(others[path], other)):
-                continue
-            if weight.is_cpu == other.is_cpu or model.load_device.type == "cpu":
+        theirs = _readable(others[path])
+        for name, weight in _readable(layer).items():
+            other = theirs.get(name)
+            if other is not None and (weight.is_cpu == other.is_cpu or model.load_device.type == "cpu"):
                 found.setdefault((weight.device, other.device), []).append((f"{path}.{name}", weight, other))
     for each in found.values():
         names, *sides = zip(*each, strict=True)
-        mine, theirs = (torch.stack([_some(weight) for weight in side]).cpu().float() for side in sides)
-        far = (mine - theirs).abs() > _ROUNDING * mine.square().mean(1, keepdim=True).sqrt()
+        ours, copied = (torch.stack([_some(weight) for weight in side]).cpu().float() for side in sides)
+        far = (ours - copied).abs() > _ROUNDING * ours.square().mean(1, keepdim=True).sqrt()
         for name, share in zip(names, far.float().mean(1).tolist(), strict=True):
             if share > 0.5:
                 return name
     return ""
 
 
-def _is_plain(layer: Any, weight: Tensor) -> bool:
-    """Whether the elements of ``weight`` can be read, and have its patches on."""
-    functions = getattr(layer, "weight_function", None) or getattr(layer, "bias_function", None)
-    return type(weight.data) is Tensor and weight.numel() >= _ELEMENTS and not functions
+def _readable(layer: Any) -> dict[str, Tensor]:
+    """The weights of ``layer`` whose elements can be read, and have their patches on."""
+    if getattr(layer, "weight_function", None) or getattr(layer, "bias_function", None):
+        return {}
+    held = ((name, weight) for name, weight in layer._parameters.items() if weight is not None)
+    return {name: weight for name, weight in held if type(weight.data) is Tensor and weight.numel() >= _ELEMENTS}
 
 
 def _some(weight: Tensor) -> Tensor:

@@ -13,16 +13,6 @@ from hypothesis import strategies as st
 from recorded_blocks import Block, Graph, make_inputs, plain, step
 
 
-@pytest.fixture
-def recorder():
-    return Reruns()
-
-
-@pytest.fixture
-def recordings(recorder):
-    return Recordings(recorder, lambda size: True)
-
-
 @pytest.mark.parametrize("new", [False, True], ids=["in place", "new output"])
 @pytest.mark.parametrize("inference", [False, True], ids=["no grad", "inference"])
 def test_replayed_are_the_bits_of_the_graph(recordings, recorder, new, inference):

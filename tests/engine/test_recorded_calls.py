@@ -3,24 +3,11 @@
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
-import pytest
 import torch
-from hotpath_pack.devtools.reruns import Reruns
 from hotpath_pack.hotpath.first_run import waiting_for_others
 from hotpath_pack.hotpath.internals.memory import storage_at
-from hotpath_pack.hotpath.recorded import Recordings
 from hotpath_pack.hotpath.values import lying_in
 from recorded_blocks import Block, Graph, make_inputs, plain, step
-
-
-@pytest.fixture
-def recorder():
-    return Reruns()
-
-
-@pytest.fixture
-def recordings(recorder):
-    return Recordings(recorder, lambda size: True)
 
 
 def test_a_thread_has_run_a_graph_before_it_records_one_as_libraries_plan_for_each_thread(recordings, recorder):
