@@ -77,7 +77,7 @@ ON_A_CPU = (
 ON_A_GPU = (
     (Side("eager", "eager"),),
     (Side("ours, cold", "ours"), Side("ours, loaded", "ours", "stored")),
-    (Side("ours, 10 s ahead", "ours", pause=10),),
+    (Side("ours, 30 s ahead", "ours", pause=30),),
     (Side("ours, compiled in the first step", "ours", when=""),),
     (Side("ours, compiled in the first step, Inductor started", "ours", started=True, when=""),),
     (Side("ours, background", "ours", when="background"),),

@@ -23,7 +23,12 @@ WHEELS = ("comfy-kitchen", "comfy-aimdo", "torchsde", "trampoline", "simpleeval"
 # The oldest first: pip matches these exactly.
 PLATFORMS = [f"manylinux_2_{minor}_x86_64" for minor in (17, 27, 28, 34, 35, 39)]
 # PyAV is 35 MB and serves videos alone.
-STANDS_IN = """class Anything:
+STANDS_IN = """class Everything(type):
+    def __getattr__(cls, name):
+        return Anything
+
+
+class Anything(metaclass=Everything):
     def __getattr__(self, name):
         return Anything
 

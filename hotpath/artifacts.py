@@ -66,6 +66,10 @@ class Store:
     def path(self, region: str) -> Path:
         return self.folder / f"{digest(region)}{_SUFFIX}"
 
+    def is_empty(self) -> bool:
+        """Whether nothing is stored of any region."""
+        return next(self.folder.glob(f"*{_SUFFIX}"), None) is None
+
     def read(self, region: str) -> Stored | None:
         """What is stored of ``region``, whatever its facts; None when nothing is.
 

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
+import importlib
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 
 import torch
 from torch.utils._triton import has_triton_package
 
 # The workers answer after about three; without them kernels are compiled one by one.
 _LONGEST_SECONDS = 15
+# PyTorch hands few of its options to the workers, and not the one by which kernels of this pack are launched as
+# Inductor's own.
+_LAUNCHES_OURS = "TORCHINDUCTOR_STATIC_LAUNCH_USER_DEFINED_TRITON_KERNELS"
 
 
 def start_workers(device: torch.device) -> None:
@@ -16,7 +22,21 @@ def start_workers(device: torch.device) -> None:
     if device.type == "cuda":
         from torch._inductor.async_compile import maybe_warm_pool
 
-        maybe_warm_pool()
+        with _environment(_LAUNCHES_OURS, "1"):
+            maybe_warm_pool()
+
+
+@contextmanager
+def _environment(name: str, value: str) -> Iterator[None]:
+    """Processes that begin within find ``name`` so, where whoever started this one did not choose."""
+    if name in os.environ:
+        yield
+        return
+    os.environ[name] = value
+    try:
+        yield
+    finally:
+        os.environ.pop(name, None)
 
 
 def start_compiler(device: torch.device) -> None:
@@ -25,6 +45,8 @@ def start_compiler(device: torch.device) -> None:
     Raises what a part of it raises: compiling then tells it better.
     """
     start_workers(device)
+    # What the first compilation, and loading what was stored, would import.
+    importlib.import_module("torch._inductor.compile_fx")
     from torch._inductor.codecache import torch_key
 
     torch_key()

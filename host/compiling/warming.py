@@ -83,6 +83,10 @@ class Warming:
             work = functools.partial(_prepare, weak, example, device, inference)
             self._futures[example.kind.name] = _WORKER.submit(_quietly, work)
 
+    def start(self, work: Callable[[], None]) -> None:
+        """Have ``work`` done in that thread, which nobody waits for."""
+        _WORKER.submit(_quietly, work)
+
     def wait(self, kind: BlockKind, show: Callable[[], None]) -> None:
         """Wait until the region of ``kind`` is ready or given up; what has not begun is left to the caller.
 
@@ -137,7 +141,7 @@ def _examples(
         return
     diffusion_model: Any = model.get_model_object("diffusion_model")
     dtype = model.model.get_dtype_inference()
-    calls = _calls(model, diffusion_model, dtype)
+    calls = block_calls(model, diffusion_model, dtype)
     options = model.model_options.get("transformer_options", {})
     for kind, indices in selected.items():
         if not indices or kind.name not in calls:
@@ -153,13 +157,14 @@ def _examples(
         yield Example(kind, plan, attend, _weights(plan, layers, dtype), describe_tensors(inputs))
 
 
-def _calls(model: ModelPatcher, diffusion_model: Any, dtype: torch.dtype) -> dict[str, tuple[dict[str, Any], Any]]:
+def block_calls(model: ModelPatcher, diffusion_model: Any, dtype: torch.dtype) -> dict[str, tuple[dict[str, Any], Any]]:
     """What the host's own code gives to a block of each kind, on the meta device, and a block there, by kind."""
     whole = model.model.model_config.unet_config
     if "depth" not in whole:
         return {}
     config = {**whole, "depth": 1, "depth_single_blocks": 1, "dtype": dtype}
-    twin = type(diffusion_model)(**config, device="meta", operations=comfy.ops.disable_weight_init)
+    # Not of the host's layers: where it has dynamic VRAM, they have no weights before some are loaded.
+    twin = type(diffusion_model)(**config, device="meta", operations=nn)
     calls: dict[str, tuple[dict[str, Any], Any]] = {}
 
     def note(kind: BlockKind, block: nn.Module, *args: Any, **kwargs: Any) -> Any:

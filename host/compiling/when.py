@@ -20,6 +20,7 @@ from ...hotpath.values import device_of
 from ..families.kinds import BlockKind
 from ..residency.weights import Layers
 from ..telling.progress import running_prompt
+from .artifacts import store
 from .behind import Behind, Job
 from .warming import Arguments, Prepare, Warming, examples_of
 
@@ -29,8 +30,8 @@ LATER = Later()
 
 
 class When:
-    """``wait``: a thread compiles from when the node is executed on, and the first step waits for it. ``background``:
-    a helper process does, and prompts sample eager until it has. Neither: the first step compiles."""
+    """``wait``: a thread loads or compiles from when the node is executed on, and the first step waits for it.
+    ``background``: a helper process compiles, and prompts sample eager until it has. Neither: the first step does."""
 
     def __init__(self, when: str) -> None:
         self._behind = Behind() if when == "background" else None
@@ -43,8 +44,14 @@ class When:
         planned: Callable[[BlockKind, nn.Module], tuple[BlockPlan, Layers]],
         prepare: Prepare,
     ) -> None:
-        """Have what the ``selected`` blocks of ``model`` will need compiled; ``prepare`` gets it to ``get_ready``."""
-        self._warming.begin(examples_of(model, selected, planned), model.load_device, prepare)
+        """Have what the ``selected`` blocks of ``model`` will need compiled; ``prepare`` gets it to ``get_ready``.
+
+        Where it can't be told, and nothing at all is stored, the compiler is started.
+        """
+        examples, device = examples_of(model, selected, planned), model.load_device
+        self._warming.begin(examples, device, prepare)
+        if not examples and self._behind is None and store().is_empty():
+            self._warming.start(functools.partial(start_compiler, device))
 
     def cancel(self) -> None:
         self._warming.cancel()
@@ -56,13 +63,6 @@ class When:
 
     def get_ready(self, region: Region, given: Arguments, check: Callable[[], None]) -> None:
         """Compile ``region`` for these arguments ahead, or have it compiled; ``check`` is called before."""
-        device = device_of(given.inputs)
-        if device.type == "cuda":
-            # On a card what is compiled from the structure alone was measured not to be what a step needs.
-            if self._behind is None and not _stored(region):
-                check()
-                start_compiler(device)
-            return
         if self._behind is not None:
             self._behind.ready(region, functools.partial(_job, region, given), given.weights, given.inputs)
             return
@@ -70,7 +70,7 @@ class When:
         def begin() -> None:
             check()
             self._warming.compiles(given.kind)
-            start_compiler(device)
+            start_compiler(device_of(given.inputs))
 
         region.prepare(given.weights, given.inputs, given.token_dims, begin)
 
@@ -93,10 +93,6 @@ def check_machine(region: Region, device: torch.device, dtypes: Collection[torch
     """Say what is missing before a compiler is asked to work, whose own words are harder to act on."""
     if problems := compile_problems(region.settings.backend, device, dtypes):
         raise RegionFailed(region.name, "; ".join(problems))
-
-
-def _stored(region: Region) -> bool:
-    return region.kept is not None and region.kept.store.path(region.kept.region).exists()
 
 
 def _job(region: Region, given: Arguments) -> Job:

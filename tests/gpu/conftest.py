@@ -26,6 +26,14 @@ def card_of_any_size():
         yield
 
 
+@pytest.fixture(autouse=True, scope="session")
+def first_run_is_over(card_of_any_size):
+    """A process's first run rounds otherwise than all that follow, by 4e-3 in bf16, of any model without a node of this
+    pack; what is compared to the bit comes after it."""
+    if torch.cuda.is_available() and not sys.modules["comfy.cli_args"].args.cpu:
+        gpu_host.sample(gpu_host.load(1, 1, torch.bfloat16, hidden=2048), steps=1)
+
+
 @pytest.fixture(autouse=True)
 def host_on_the_gpu():
     if sys.modules["comfy.cli_args"].args.cpu:

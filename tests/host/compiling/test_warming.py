@@ -4,15 +4,18 @@ import gc
 import threading
 import weakref
 
+import comfy.memory_management
 import comfy.model_management
-import comfy.quant_ops
+import comfy.ops
 import pytest
 import torch
-from hotpath_pack.devtools import checkpoints
-from hotpath_pack.host.compiling import warming
+from hotpath_pack.devtools import checkpoints, family_models
+from hotpath_pack.host.compiling import artifacts, warming
+from hotpath_pack.host.compiling import when as whens
 from hotpath_pack.host.compiling.compile import compile_repeated_blocks
 from hotpath_pack.hotpath import graphs
 from hotpath_pack.hotpath.compiled import Region
+from hotpath_pack.hotpath.examples import describe_tensors
 from hotpath_pack.hotpath.settings import CompileSettings
 from sampling import TOLERANCE, Texts, compiled_blocks, load, sample
 
@@ -67,6 +70,38 @@ def test_the_first_step_finds_ready_what_it_needs(make, prepared, regions):
     assert [name.startswith("hotpath-warming") for name in prepared] == [True, True]
     assert [(region.stats.graphs, len(region.stats.recompiles)) for region in regions] == [(1, 0), (1, 0)]
     assert compiled_blocks(fast).seconds > 0
+
+
+@pytest.mark.parametrize("make", [checkpoints.flux1, checkpoints.flux2])
+def test_what_block_calls_is_known_with_dynamic_vram_too(make, monkeypatch):
+    """There the host makes layers without weights."""
+    model = load(make(1, 1))
+    config = {**model.model.model_config.unet_config, "dtype": torch.float32}
+    with torch.inference_mode():
+        want = warming.block_calls(model, model.model.diffusion_model, torch.float32)
+        monkeypatch.setattr(comfy.memory_management, "aimdo_enabled", True)
+        host = type(model.model.diffusion_model)(**config, device="meta", operations=comfy.ops.disable_weight_init)
+        assert host.img_in.weight is None, "the host makes them otherwise"
+        got = warming.block_calls(model, model.model.diffusion_model, torch.float32)
+    assert set(got) == {"double", "single"}
+    for kind, (inputs, _) in want.items():
+        assert describe_tensors(got[kind][0]) == describe_tensors(inputs)
+
+
+def test_where_it_is_not_known_the_compiler_is_started(monkeypatch):
+    """Blocks of other families, as long as nothing is stored."""
+    started = []
+    monkeypatch.setattr(whens, "start_compiler", lambda device: started.append(threading.current_thread().name))
+    model = family_models.tiny("z_image")
+    ahead(model)
+    warming.until_ready()
+    assert [name.startswith("hotpath-warming") for name in started] == [True]
+    folder = artifacts.store().folder
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "another.graphs").touch()
+    ahead(model)
+    warming.until_ready()
+    assert len(started) == 1
 
 
 def test_another_variant_is_compiled_as_ever(prepared, regions):
