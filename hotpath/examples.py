@@ -49,16 +49,14 @@ def example_inputs(described: Any, device: torch.device) -> Any:
 def example_weights(described: Mapping[str, Described], device: torch.device) -> dict[str, Tensor]:
     """Weights that share one piece of memory, as large as the largest: they are read, for results that nobody uses, and
     never written."""
-    size = max((told.bytes for told in described.values()), default=0)
     weights = {}
-    for inference in (False, True):
+    for inference in {told.inference for told in described.values()}:
+        # Inference tensors and normal ones have a piece each.
+        alike = {name: told for name, told in described.items() if told.inference == inference}
         with torch.inference_mode(inference):
-            # Inference tensors and normal ones have a piece each.
-            memory = torch.empty(size, dtype=torch.uint8, device=device)
-            for name, told in described.items():
-                if told.inference == inference:
-                    piece = memory[: told.bytes].view(told.dtype)
-                    weights[name] = piece.as_strided(told.shape, told.stride)
+            memory = torch.empty(max(told.bytes for told in alike.values()), dtype=torch.uint8, device=device)
+            for name, told in alike.items():
+                weights[name] = memory[: told.bytes].view(told.dtype).as_strided(told.shape, told.stride)
     return {name: weights[name] for name in described}
 
 

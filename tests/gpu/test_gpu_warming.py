@@ -38,7 +38,8 @@ def test_the_first_step_on_a_card_finds_ready_what_it_needs(dynamic, format, tmp
         chosen = "all", "all", "error", NodeText(None), "auto"
         fast = host_compile.compile_repeated_blocks(model, CompileSettings(), *chosen, when="wait")
     warming.until_ready()
-    assert torch.cuda.max_memory_allocated() - before <= 2**28
+    # The largest weight, and what blocks are called with.
+    assert torch.cuda.max_memory_allocated() - before < 2**28
     assert torch.cuda.memory_allocated() - before < 2**20
     assert [region.stats.graphs for region in regions] == [1, 1]
     got, want = (gpu_host.sample(it, (1024, 1024), 512, steps=1) for it in (fast, model))
