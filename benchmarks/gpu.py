@@ -30,7 +30,6 @@ from devtools.cli import positive, print_table, run_tool, write_json
 from devtools.gpu_host import (
     compiled,
     compiled_per_block,
-    computed,
     gguf_layers,
     load,
     load_gguf,
@@ -187,7 +186,6 @@ def make_sides(
     sides = [
         Side("eager", eager),
         Side("ours", compiled(eager)),
-        Side("ours in fewer passes", computed(compiled(eager), "bind_fused")),
         Side("ahead ours", compiled(offload(eager))),
         Side("ours max-autotune", compiled(eager, mode="max-autotune-no-cudagraphs")),
     ]
@@ -196,7 +194,6 @@ def make_sides(
         small = quantize(eager, format)
         print(f"{format}: quantized in {time.perf_counter() - started:.1f} s", flush=True)
         sides += [Side(format, small), Side(f"{format} ours", compiled(small))]
-        sides.append(Side(f"{format} in fewer passes", computed(compiled(small), "bind_fused")))
         if not eager.is_dynamic():
             sides.append(Side(f"{format} per block", compiled_per_block(small)))
     for kind in gguf:

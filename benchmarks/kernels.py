@@ -22,23 +22,19 @@ from typing import Any
 import torch
 import triton
 from torch import Tensor
-from torch.nn.functional import rms_norm, scaled_dot_product_attention
+from torch.nn.functional import scaled_dot_product_attention
 
 from devtools.cli import run_tool, write_json
 from devtools.measure import snr
 from hotpath import triton_int8
-from hotpath import triton_rotary as fused
 from hotpath.attention import cudnn_attention
 from hotpath.inductor import region_options
-from hotpath.rotary import norm_rotate, rotate
 
 from . import fp8_attention
-from .blocks import Ways, double_block, double_weights, single_block, single_weights
 
 HIDDEN, HEADS, DIM, MLP = 3072, 24, 128, 12288
 TEXT, IMAGE = 512, 4096
 ROUNDS = 5
-EPS = torch.finfo(torch.float32).eps
 FP8 = torch.float8_e4m3fn
 INT8_SHAPES = (triton_int8.SMALLER, triton_int8.SHAPE, (128, 256, 128, 8, 8, 3), (256, 128, 128, 8, 8, 3))
 Rows = list[dict[str, Any]]
@@ -97,11 +93,6 @@ def tensors(out: Any) -> list[Tensor]:
     return [out] if isinstance(out, Tensor) else list(out)
 
 
-def microseconds(work: Callable[[], Any]) -> float:
-    """The median time of ``work`` on the device, which finds nothing of it in its cache."""
-    return 1e3 * median(triton.testing.do_bench(recorded(work), warmup=10, rep=60, return_mode="all"))
-
-
 def recorded(work: Callable[[], Any]) -> Callable[[], Any]:
     """``work`` as a CUDA graph, which holds the addresses of what ``work`` holds."""
     stream = torch.cuda.Stream()
@@ -136,153 +127,6 @@ def randn(*shape: int, dtype: torch.dtype = torch.bfloat16, scale: float = 1.0) 
     return (torch.randn(shape, device=device()) * scale).to(dtype)
 
 
-def rotary_table(tokens: int) -> Tensor:
-    """(1, 1, tokens, DIM / 2, 2, 2) float32, as the host makes it."""
-    angle = torch.rand(tokens, DIM // 2, device=device(), dtype=torch.float64) * 6
-    table = torch.stack([angle.cos(), -angle.sin(), angle.sin(), angle.cos()], -1).float()
-    return table.reshape(1, 1, tokens, DIM // 2, 2, 2)
-
-
-def heads_of(packed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    q, k, v = packed[..., : 3 * HIDDEN].unflatten(-1, (3, HEADS, DIM)).permute(2, 0, 3, 1, 4)
-    return q, k, v
-
-
-def flipped(x: Tensor, scale: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
-    x = rms_norm(x, (DIM,), scale).float()
-    return (x * cosines + x.unflatten(-1, (-1, 2)).flip(-1).flatten(-2) * sines).bfloat16()
-
-
-def joined(x: Tensor, scale: Tensor, table: Tensor) -> Tensor:
-    """Two strided halves and one stack."""
-    pairs = rms_norm(x, (DIM,), scale).float().unflatten(-1, (-1, 2))
-    first, second = pairs.unbind(-1)
-    out = [table[..., row, 0] * first + table[..., row, 1] * second for row in (0, 1)]
-    return torch.stack(out, -1).flatten(-2).bfloat16()
-
-
-def norm_and_rotary(row: Any, text: int, image: int, fa3: Path | None) -> None:
-    """q and k of a single block: views of the product that makes them."""
-    tokens = text + image
-    packed, table = randn(1, tokens, 3 * HIDDEN + MLP), rotary_table(tokens)
-    scales = [torch.rand(DIM, device=device()).add(0.5).bfloat16() for _ in range(2)]
-    q, k, _ = heads_of(packed)
-    want = norm_rotate(q.double(), k.double(), *(scale.double() for scale in scales), table.double(), EPS)
-    marks = (packed, 1), (table, 2)
-
-    def today(packed: Tensor, table: Tensor) -> Any:
-        q, k, _ = heads_of(packed)
-        return norm_rotate(q, k, *scales, table, None)
-
-    row("Inductor, as traced today", functools.partial(compiled(today, *marks), packed, table), want)
-    row("comfy-kitchen's rms_rope", lambda: kitchen()(q, k, table, *scales, EPS), want)
-    cosines = torch.stack((table[..., 0, 0], table[..., 1, 1]), -1).flatten(-2)
-    sines = torch.stack((table[..., 0, 1], table[..., 1, 0]), -1).flatten(-2)
-
-    def flips(packed: Tensor, cosines: Tensor, sines: Tensor) -> Any:
-        q, k, _ = heads_of(packed)
-        return flipped(q, scales[0], cosines, sines), flipped(k, scales[1], cosines, sines)
-
-    flip_marks = (packed, 1), (cosines, 2), (sines, 2)
-    row("Inductor, x * c + flip(x) * s", functools.partial(compiled(flips, *flip_marks), packed, cosines, sines), want)
-
-    def halves(packed: Tensor, table: Tensor) -> Any:
-        q, k, _ = heads_of(packed)
-        return joined(q, scales[0], table), joined(k, scales[1], table)
-
-    row("Inductor, halves and a stack", functools.partial(compiled(halves, *marks), packed, table), want)
-
-    def by_operator(packed: Tensor, table: Tensor) -> Any:
-        q, k, _ = heads_of(packed)
-        return torch.ops.hotpath.norm_rotate(q, k, *scales, table, EPS)
-
-    row("operator in a graph", functools.partial(compiled(by_operator, *marks), packed, table), want)
-    outs = [fused.tokens_first(q, tokens) for _ in range(2)]
-    for block, heads, warps in (
-        (4, 6, 4),
-        (8, 3, 4),
-        (8, 6, 4),
-        (8, 6, 8),
-        (8, 12, 4),
-        (16, 3, 4),
-        (16, 6, 8),
-        (16, 6, 4),
-    ):
-        row(
-            f"kernel, {block} tokens, {heads} heads, {warps} warps",
-            direct(q, k, scales, table, outs, block, heads, warps),
-            want,
-        )
-    contiguous = [torch.empty_like(out).contiguous() for out in outs]
-    row("kernel, heads first", direct(q, k, scales, table, contiguous), want)
-    eights = [out.to(FP8) for out in outs]
-    row("kernel, to fp8", direct(q, k, scales, table, eights), want)
-
-
-def direct(q: Tensor, k: Tensor, scales: Sequence[Tensor], table: Tensor, outs: Sequence[Tensor], *shape: int) -> Any:
-    def work() -> Sequence[Tensor]:
-        fused.launch(fused.norm_rotate_kernel, q, k, None, *scales, table, (*outs, None), EPS, 0, *shape)
-        return outs
-
-    return work
-
-
-def norm_and_rotary_double(row: Any, text: int, image: int, fa3: Path | None) -> None:
-    """q, k and v of a double block, text before image."""
-    streams, table = [randn(1, tokens, 3 * HIDDEN) for tokens in (text, image)], rotary_table(text + image)
-    scales = [[torch.rand(DIM, device=device()).add(0.5).bfloat16() for _ in range(2)] for _ in range(2)]
-
-    def host(*given: Tensor) -> tuple[Tensor, ...]:
-        *streams, table = given
-        parts = []
-        for packed, (q_scale, k_scale) in zip(streams, scales, strict=True):
-            q, k, v = heads_of(packed)
-            q, k = (rms_norm(x, (DIM,), scale.to(x.dtype)) for x, scale in ((q, q_scale), (k, k_scale)))
-            parts.append((q, k, v))
-        q, k, v = (torch.cat(both, 2) for both in zip(*parts, strict=True))
-        return rotate(q, table), rotate(k, table), v
-
-    want = host(*(packed.double() for packed in streams), table.double())
-    marks = *((packed, 1) for packed in streams), (table, 2)
-    row("Inductor, as traced today", functools.partial(compiled(host, *marks), *streams, table), want)
-
-    def each(*given: Tensor) -> Any:
-        *streams, table = given
-        parts, start = [], 0
-        for packed, (q_scale, k_scale) in zip(streams, scales, strict=True):
-            q, k, v = heads_of(packed)
-            rows = table[:, :, start : start + q.shape[2]]
-            parts.append((joined(q, q_scale, rows), joined(k, k_scale, rows), v))
-            start += q.shape[2]
-        return tuple(torch.cat(both, 2) for both in zip(*parts, strict=True))
-
-    row("Inductor, rotated before the cat", functools.partial(compiled(each, *marks), *streams, table), want)
-
-    def by_operator(*given: Tensor) -> Any:
-        *streams, table = given
-        qkv = zip(*(heads_of(packed) for packed in streams), strict=True)
-        both = zip(*scales, strict=True)
-        return torch.ops.hotpath.norm_rotate_joint(*map(list, qkv), *map(list, both), table, EPS)
-
-    row("operator in a graph", functools.partial(compiled(by_operator, *marks), *streams, table), want)
-    row("comfy-kitchen's rms_rope, then cat", lambda: kitchen_double(streams, scales, table), want)
-
-
-def kitchen() -> Any:
-    import comfy_kitchen
-
-    return comfy_kitchen.rms_rope
-
-
-def kitchen_double(streams: Sequence[Tensor], scales: Sequence[Sequence[Tensor]], table: Tensor) -> Any:
-    parts, start = [], 0
-    for packed, both in zip(streams, scales, strict=True):
-        q, k, v = heads_of(packed)
-        parts.append((*kitchen()(q, k, table[:, :, start : start + q.shape[2]], *both, EPS), v))
-        start += q.shape[2]
-    return [torch.cat(both, 2) for both in zip(*parts, strict=True)]
-
-
 def attention(row: Any, text: int, image: int, fa3: Path | None) -> None:
     """cuDNN's attention in bf16 beside kernels that multiply in fp8; q and k are what the rotary embedding gives."""
     tokens = text + image
@@ -310,40 +154,6 @@ def exact_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         scaled_dot_product_attention(wide_q[:, head], wide_k[:, head], wide_v[:, head]) for head in range(q.shape[1])
     ]
     return torch.stack(outs, 1)
-
-
-def blocks(row: Any, text: int, image: int, fa3: Path | None) -> None:
-    """Whole blocks, as Inductor compiles them."""
-    x, table = randn(1, text + image, HIDDEN), rotary_table(text + image)
-    weights = single_weights(randn, HIDDEN, MLP, DIM)
-    block: Callable[..., Any] = functools.partial(single_block, HIDDEN, HEADS)
-    want = block(Ways(), wide(weights), x.double(), table.double())
-    for name, ways in {
-        "as traced today": Ways(),
-        "norm and rotary in one": Ways(fused=True),
-        "+ linear2 in halves": Ways(fused=True, halves=True),
-        "+ GELU in the product": Ways(fused=True, halves=True, epilogue=True),
-        "fp8, as traced today": Ways(fp8=True),
-        "fp8, norm and rotary in one": Ways(fp8=True, fused=True),
-        "fp8, + linear2 in halves": Ways(fp8=True, fused=True, halves=True),
-    }.items():
-        given = ways.quantized(weights)
-        run = compiled(functools.partial(block, ways), (x, 1), (table, 2))
-        row(f"single: {name}", functools.partial(run, given, x, table), want)
-    streams = [randn(1, tokens, HIDDEN) for tokens in (text, image)]
-    weights = double_weights(randn, HIDDEN, MLP, DIM)
-    block = functools.partial(double_block, HIDDEN, HEADS)
-    want = double_block(HIDDEN, HEADS, Ways(), wide(weights), streams[0].double(), streams[1].double(), table.double())
-    for name, ways in {
-        "as traced today": Ways(),
-        "norm and rotary in one": Ways(fused=True),
-        "+ GELU in the product": Ways(fused=True, epilogue=True),
-        "fp8, as traced today": Ways(fp8=True),
-        "fp8, norm and rotary in one": Ways(fp8=True, fused=True),
-    }.items():
-        given = ways.quantized(weights)
-        run = compiled(functools.partial(block, ways), *((stream, 1) for stream in streams), (table, 2))
-        row(f"double: {name}", functools.partial(run, given, *streams, table), want)
 
 
 def int8(row: Any, text: int, image: int, fa3: Path | None) -> None:
@@ -380,14 +190,7 @@ def int8(row: Any, text: int, image: int, fa3: Path | None) -> None:
             row(f"{name}: kernel, {shape}", direct, want)
 
 
-def wide(weights: dict[str, Any]) -> dict[str, Any]:
-    return {name: weight.double() for name, weight in weights.items()}
-
-
 PARTS: dict[str, Callable[..., None]] = {
-    "norm-rotary": norm_and_rotary,
-    "norm-rotary-double": norm_and_rotary_double,
-    "blocks": blocks,
     "attention": attention,
     "int8": int8,
 }

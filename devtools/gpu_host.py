@@ -148,25 +148,6 @@ def compiled_per_block(model: Any, backend: str = "inductor") -> Any:
     return clone
 
 
-def computed(model: Any, bind: str) -> Any:
-    """``model`` whose blocks are traced by the function of that name in ``host.families.flux`` where they would be by
-    ``bind_cudnn``, in templates that have more ways to run."""
-    from comfy.patcher_extension import WrappersMP
-    from hotpath_pack.host.families import flux, flux_fused
-
-    def otherwise(executor: Any, *args: Any, **kwargs: Any) -> Any:
-        own, flux.bind_cudnn = flux.bind_cudnn, getattr(flux, bind)
-        try:
-            with flux_fused.twins(flux.KINDS):
-                return executor(*args, **kwargs)
-        finally:
-            flux.bind_cudnn = own
-
-    clone = model.clone()
-    clone.add_wrapper_with_key(WrappersMP.APPLY_MODEL, "computed", otherwise)
-    return clone
-
-
 def quantize(model: Any, format: str) -> Any:
     """``model`` as Quantize Repeated Blocks returns it."""
     from hotpath_pack.host.quantizing.quantize import quantize_repeated_blocks

@@ -6,7 +6,6 @@ from math import pi, sqrt
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import linear
 
 _LINEAR = sqrt(8 / pi)
 _CUBIC = 0.044715 * _LINEAR
@@ -29,20 +28,3 @@ class LogisticGelu(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Any shape; in the dtype of ``x``."""
         return logistic_gelu(x)
-
-
-def gelu_of_linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """``gelu(linear(x, weight, bias), approximate="tanh")``, on a GPU in the epilogue of the product, whose float32
-    results it takes before they are rounded.
-
-    Args:
-        x: (..., in).
-        weight: (out, in), and ``bias``: (out,).
-
-    Returns:
-        (..., out) in the dtype of ``x``.
-    """
-    if not x.is_cuda:
-        return logistic_gelu(linear(x, weight, bias))
-    out = torch.ops.aten._addmm_activation(bias, x.reshape(-1, x.shape[-1]), weight.t(), use_gelu=True)
-    return out.reshape(*x.shape[:-1], weight.shape[0])

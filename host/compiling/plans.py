@@ -8,7 +8,6 @@ from contextlib import suppress
 from torch import nn
 
 from ...hotpath.template import BlockPlan, NotHoistable, plan_block
-from ..families import as_twin
 from ..families.kinds import BlockKind
 from ..layers.bypass import bypass_addition
 from ..layers.containers import BOOKKEEPING
@@ -32,7 +31,6 @@ class Plans:
                 del self._plans[block]
         known = (layer_states, bypass_addition, kind.ignored, kind.owned, BOOKKEEPING)
         plan = self._plans[block] = plan_block(block, plain_layers(block, self._fuses), *known)
-        as_twin(plan.template)
         return plan, plan.layers(block)
 
     def begin(self) -> None:

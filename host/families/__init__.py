@@ -91,10 +91,3 @@ def require_family(model: ModelPatcher, verb: str) -> Family:
             f"that this pack knows{f': {why}' if why else ''}. Supported are {SUPPORTED}."
         )
     return family
-
-
-def as_twin(template: nn.Module) -> None:
-    """Make the template of a block one of its kind's ``twin``, where it has one."""
-    for kind in (kind for family in FAMILIES for kind in family.kinds):
-        if kind.twin is not None and type(template) is kind.block:
-            template.__class__ = kind.twin

@@ -20,7 +20,6 @@ from ...hotpath.template import NotHoistable
 from ...hotpath.values import plainly_strided
 from ..layers.containers import preferred_attention
 from .attention import is_overridden, patched_before, shared_attention, skipped
-from .flux_fused import IN_HALVES, ROTATES, WITH_EPILOGUE
 from .kinds import BlockKind, Family, Interface, SharedForward, random_tensor
 
 _STREAMS = {"img", "txt", "x"}
@@ -167,14 +166,6 @@ def bind_cudnn(inputs: Mapping[str, Any]) -> Mapping[str, Any]:
     return _rotated(inputs, cudnn=True)
 
 
-def bind_fused(inputs: Mapping[str, Any]) -> Mapping[str, Any]:
-    """As ``bind_cudnn``, in fewer passes over memory where a block can; see ``flux_fused``."""
-    taken = dict(_rotated(inputs, cudnn=True))
-    asked = {ROTATES: inputs["pe"], IN_HALVES: True, WITH_EPILOGUE: True}
-    taken["transformer_options"] = {**taken["transformer_options"], **asked}
-    return taken
-
-
 def _rotated(inputs: Mapping[str, Any], cudnn: bool) -> Mapping[str, Any]:
     pe, others = inputs["pe"], from_size(inputs.get(_OTHERS))
 
@@ -216,7 +207,6 @@ def bind_for(attend: Attend | None, like: Tensor) -> Callable[[Mapping[str, Any]
     """How the blocks are traced on ``like``'s device, with patches around attention or without."""
     if attend is not None:
         return bind_opaque
-    # ``bind_fused`` is not among them: in a whole step nothing has shown yet that it gains.
     return bind_cudnn if cached_prefers_cudnn(like.device) else bind_traced
 
 

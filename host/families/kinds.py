@@ -54,7 +54,6 @@ class BlockKind:
         streams: how many of its inputs have a token count of their own.
         interface: how its blocks are called.
         selected_by: the input of Compile Repeated Blocks that selects among them; kinds with the same are counted on.
-        twin: the class of their templates, where it has more ways to run than the host's.
         owned: parameters that its modules have outside of layers, which the host casts where it reads them.
         unread: attributes that differ from block to block and that a forward of the host does not read.
     """
@@ -66,7 +65,6 @@ class BlockKind:
     streams: int
     interface: Interface
     selected_by: str
-    twin: type[nn.Module] | None = None
     owned: tuple[str, ...] = ()
     unread: tuple[str, ...] = ()
 

@@ -60,7 +60,7 @@ def test_quantized_checkpoints_run_as_two_graphs_as_the_host_computes_them(forma
         return
     # cuDNN's attention and the traced rotary embedding round in another order than the host's.
     as_the_host = functools.partial(flux._arguments, options={})
-    for bind in ("bind_traced", "bind_cudnn", "bind_fused"):
+    for bind in ("bind_traced", "bind_cudnn"):
         monkeypatch.setattr(flux, bind, as_the_host)
     same_operations = sample(compiled(model, backend="eager"), **run)
     assert (same_operations - eager).norm() / eager.norm() < rounding
