@@ -24,6 +24,8 @@ from ...hotpath.examples import Described, describe_tensors, example_inputs, exa
 from ...hotpath.template import BlockPlan
 from ..families import family_of, kinds_of
 from ..families.kinds import BlockKind
+from ..residency.modulation import ModulationAhead, with_given
+from ..residency.offload import KEY as OFFLOAD
 from ..residency.weights import Layers
 from ..splitting.copies import KEY as SPLIT
 
@@ -146,8 +148,11 @@ def _examples(
     for kind, indices in selected.items():
         if not indices or kind.name not in calls:
             continue
-        block = kind.blocks(diffusion_model)[min(indices)]
+        index = min(indices)
+        block = kind.blocks(diffusion_model)[index]
         kind.refuse_foreign(block)
+        if any(isinstance(known, ModulationAhead) for known in model.get_wrappers(WrappersMP.APPLY_MODEL, OFFLOAD)):
+            block = with_given(block, f"{kind.attribute}.{index}", model)
         plan, layers = planned(kind, block)
         inputs, twin = calls[kind.name]
         if plan.given:

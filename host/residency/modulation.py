@@ -6,6 +6,7 @@ import logging
 import weakref
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from copy import copy
 from functools import partial
 from typing import Any
 
@@ -237,6 +238,30 @@ class _State:
         if made_from != which or not same or known_versions != versions:
             self.table.clear()
             self._made_from = which, [weakref.ref(parameter) for parameter in parameters], versions
+
+
+def with_given(block: nn.Module, prefix: str, patcher: ModelPatcher) -> nn.Module:
+    """A block as it is while its modulation is given: other modules with its weights. ``prefix`` is its path in the
+    diffusion model.
+
+    Raises:
+        NotHoistable: a modulation module would not compute as the host defines it.
+    """
+    family = family_of(patcher.model.diffusion_model)
+    modules = {} if family is None else family.modulations(block)
+    for name, module in modules.items():
+        _refuse_changed(f"{prefix}.{name}", module, patcher)
+        if isinstance(module.lin.weight, QuantizedTensor) and patcher.patches:
+            raise NotHoistable("a LoRA on quantized modulation layers")
+    return _copied(block, set(modules.values()))
+
+
+def _copied(module: nn.Module, given: set[nn.Module]) -> nn.Module:
+    twin = copy(module)
+    twin.__dict__["_modules"] = {name: child and _copied(child, given) for name, child in module._modules.items()}
+    if module in given:
+        twin.forward = Given(twin, lambda vector: None)
+    return twin
 
 
 def _why_in_place(patcher: ModelPatcher | None, options: Mapping[str, Any]) -> str | None:
