@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 from torch._dynamo import config
@@ -12,6 +12,7 @@ from torch.fx.experimental import _config
 
 from .internals.state import keep_device_guard
 from .toolchain import named_user
+from .waiting import POLL, ask
 
 # Dynamo's tracing and Inductor have state of the process, and a host with several GPUs runs regions in several threads.
 _lock = threading.RLock()
@@ -33,15 +34,26 @@ def compiling(limit: int | None = None, any_size: bool = False) -> Iterator[None
 
     Raises:
         FailOnRecompileLimitHit: from the compiled code within, at its limit.
+        What ends the wait for another thread: see ``while_waiting``.
     """
-    with _lock, named_user():
-        keep_device_guard()
-        if limit is None:
+    while not _lock.acquire(timeout=POLL):
+        ask()
+    try:
+        with named_user(), _limited(limit), _sized(any_size and limit is not None):
+            keep_device_guard()
             yield
-            return
-        with config.patch(recompile_limit=limit, fail_on_recompile_limit_hit=True, suppress_errors=False):
-            with _shapes.patch(**{_ANY_SIZE: True}) if any_size and ANY_SIZE else nullcontext():
-                yield
+    finally:
+        _lock.release()
+
+
+def _limited(limit: int | None) -> AbstractContextManager[Any]:
+    if limit is None:
+        return nullcontext()
+    return config.patch(recompile_limit=limit, fail_on_recompile_limit_hit=True, suppress_errors=False)
+
+
+def _sized(any_size: bool) -> AbstractContextManager[Any]:
+    return _shapes.patch(**{_ANY_SIZE: True}) if any_size and ANY_SIZE else nullcontext()
 
 
 @contextmanager

@@ -1,8 +1,7 @@
 """Processes that share a store take turns to compile a region: one compiles, the others wait and load what it stored.
 
 The system takes a turn back when its process ends, however that happens. A process that has one waits for no other, so
-that no two wait for each other, and none waits longer than ``PATIENCE``: then it compiles as if it were alone. Whoever
-is asked ``while_waiting`` may end a wait.
+that no two wait for each other, and none waits longer than ``PATIENCE``: then it compiles as if it were alone.
 """
 
 from __future__ import annotations
@@ -12,35 +11,19 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Callable
+from contextlib import ExitStack, suppress
 from pathlib import Path
+
+from .waiting import POLL, ask
 
 # Seconds. Kernels that are looked for one by one take minutes.
 PATIENCE = 600.0
-_POLL = 0.1
 # What a system says of a lock that another process has; anything else is of a file system without locks.
 _TAKEN = (errno.EAGAIN, errno.EACCES)
 
 _held: set[Path] = set()
 _lock = threading.Lock()
-
-
-class _Asked(threading.local):
-    ask: Callable[[], None] | None = None
-
-
-_asked = _Asked()
-
-
-@contextmanager
-def while_waiting(ask: Callable[[], None]) -> Iterator[None]:
-    """Have waits of this thread within the scope call ``ask`` all the time; what it raises ends them."""
-    before, _asked.ask = _asked.ask, ask
-    try:
-        yield
-    finally:
-        _asked.ask = before
 
 
 class Turn:
@@ -71,9 +54,8 @@ class Turn:
             while not _try_lock(descriptor):
                 if time.monotonic() >= ends:
                     return True
-                if _asked.ask is not None:
-                    _asked.ask()
-                time.sleep(_POLL)
+                ask()
+                time.sleep(POLL)
             unless_taken.pop_all()
             with _lock:
                 self._descriptor = descriptor

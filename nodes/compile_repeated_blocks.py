@@ -113,9 +113,9 @@ class CompileRepeatedBlocks(io.ComfyNode):
                     default="wait",
                     optional=True,
                     advanced=True,
-                    tooltip="wait: compile while other models load, or for other models than Flux start the compiler; the "
-                    "first step waits for the rest. background: another process compiles while prompts sample without, "
-                    "and prompts that begin after it is done run compiled.",
+                    tooltip="wait: compile while other models load, or for other models than Flux start the compiler; "
+                    "the first step waits for the rest. background: another process compiles while prompts sample "
+                    "without, and prompts that begin after it is done run compiled.",
                 ),
                 io.String.Input(
                     "blocks",

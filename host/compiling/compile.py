@@ -22,8 +22,8 @@ from ...hotpath.failures import RegionFailed, belongs_to_host, reason_of
 from ...hotpath.region_store import RegionStore
 from ...hotpath.settings import CompileSettings
 from ...hotpath.template import BlockPlan, NotHoistable
-from ...hotpath.turns import while_waiting
 from ...hotpath.values import input_kinds
+from ...hotpath.waiting import while_waiting
 from ..families import require_family, selected_blocks
 from ..families.kinds import BlockKind
 from ..model_call import ModelCall

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from ...hotpath.attention import Attend
 from ...hotpath.examples import Described, describe_tensors, example_inputs, example_weights
+from ...hotpath.limits import compiling
 from ...hotpath.template import BlockPlan
 from ..families import family_of, kinds_of
 from ..families.kinds import BlockKind
@@ -83,7 +84,7 @@ class Warming:
         inference = torch.is_inference_mode_enabled()
         for example in examples:
             work = functools.partial(_prepare, weak, example, device, inference)
-            self._futures[example.kind.name] = _WORKER.submit(_quietly, work)
+            self._futures[example.kind.name] = _WORKER.submit(work)
 
     def start(self, work: Callable[[], None]) -> None:
         """Have ``work`` done in that thread, which nobody waits for."""
@@ -221,9 +222,14 @@ def _prepare(weak: weakref.WeakMethod[Prepare], example: Example, device: torch.
     prepare = weak()
     if prepare is None:
         return
-    on_device = torch.cuda.device(device) if device.type == "cuda" else nullcontext()
-    with torch.inference_mode(inference), on_device:
+
+    def work() -> None:
         prepare(example, example_weights(example.weights, device), example_inputs(example.inputs, device))
+
+    on_device = torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+    # Its memory goes within it: what is freed while another thread records a CUDA graph may end the process.
+    with torch.inference_mode(inference), on_device, compiling():
+        _quietly(work)
 
 
 def _quietly(work: Callable[[], None]) -> None:

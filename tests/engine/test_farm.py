@@ -13,6 +13,7 @@ from unittest.mock import Mock
 import pytest
 from hotpath_pack.hotpath import graphs, turns
 from hotpath_pack.hotpath.turns import Turn
+from hotpath_pack.hotpath.waiting import while_waiting
 
 TESTS = str(Path(__file__).resolve().parent.parent)
 # For each line it reads it does what a worker does for its first prompt; ``slow`` stores so that it can be killed.
@@ -102,7 +103,7 @@ def test_a_turn_is_one_processs_at_a_time_and_whoever_has_one_waits_for_no_other
     started = time.monotonic()
     assert mine.take(patience=0.3) and time.monotonic() - started >= 0.3, "it waits as long as it is told to"
     # The host's interrupt is no Exception.
-    with pytest.raises(KeyboardInterrupt), turns.while_waiting(Mock(side_effect=[None, KeyboardInterrupt])):
+    with pytest.raises(KeyboardInterrupt), while_waiting(Mock(side_effect=[None, KeyboardInterrupt])):
         mine.take()
     assert time.monotonic() - started < turns.PATIENCE / 10
     with second:

@@ -5,10 +5,13 @@ import sys
 import threading
 from pathlib import Path
 
+import pytest
 import torch
 from hotpath_pack.hotpath.compiled import Region
 from hotpath_pack.hotpath.counters import graphs_so_far
+from hotpath_pack.hotpath.limits import compiling, nobody_compiling
 from hotpath_pack.hotpath.settings import CompileSettings
+from hotpath_pack.hotpath.waiting import while_waiting
 from torch import nn
 from torch.nn import Linear
 
@@ -72,3 +75,27 @@ def test_two_threads_that_compile_at_once_are_right_and_counted_twenty_times_in_
     code += f"t.rounds('aot_eager', {ROUNDS})"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, (done.returncode, done.stderr[-3000:])
+
+
+def test_a_wait_for_a_thread_that_compiles_can_be_ended():
+    begun, go = threading.Event(), threading.Event()
+
+    def hold():
+        with compiling():
+            begun.set()
+            assert go.wait(60)
+
+    other = threading.Thread(target=hold)
+    other.start()
+    assert begun.wait(60)
+
+    def interrupt():
+        raise KeyboardInterrupt
+
+    # The host's interrupt is no Exception.
+    with pytest.raises(KeyboardInterrupt), while_waiting(interrupt), compiling():
+        raise AssertionError("two compile at once")
+    go.set()
+    other.join()
+    with compiling(), nobody_compiling() as free:
+        assert free

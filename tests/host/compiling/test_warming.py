@@ -17,6 +17,7 @@ from hotpath_pack.host.compiling.compile import compile_repeated_blocks
 from hotpath_pack.hotpath import graphs
 from hotpath_pack.hotpath.compiled import Region
 from hotpath_pack.hotpath.examples import describe_tensors
+from hotpath_pack.hotpath.limits import nobody_compiling
 from hotpath_pack.hotpath.settings import CompileSettings
 from sampling import TOLERANCE, Texts, compiled_blocks, load, offloaded, quantized, sample
 
@@ -153,6 +154,38 @@ def test_what_fails_ahead_is_left_to_the_first_step(monkeypatch, prepared):
     fast = ahead(model)
     assert (sample(fast) - sample(model)).abs().max() <= TOLERANCE
     assert prepared == ["MainThread"]
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_memory_of_examples_goes_while_nobody_records(fails, monkeypatch):
+    """With ComfyUI's allocator what is freed while another thread records a CUDA graph ends the process."""
+    gone, make = [], warming.example_weights
+
+    def free_for_another_thread():
+        with nobody_compiling() as free:
+            gone.append(not free)
+
+    def ask():
+        other = threading.Thread(target=free_for_another_thread)
+        other.start()
+        other.join()
+
+    def noted(*args):
+        made = make(*args)
+        for weight in made.values():
+            weakref.finalize(weight, ask)
+        return made
+
+    def prepare(self, *args):
+        if fails:
+            raise RuntimeError("no memory")
+
+    monkeypatch.setattr(warming, "example_weights", noted)
+    monkeypatch.setattr(Region, "prepare", prepare)
+    fast = ahead(load(checkpoints.flux1(1, 1)))
+    warming.until_ready()
+    assert gone and all(gone)
+    assert compiled_blocks(fast)
 
 
 class Slow:
