@@ -50,8 +50,8 @@ class When:
         """
         examples, device = examples_of(model, selected, planned), model.load_device
         self._warming.begin(examples, device, prepare)
-        if not examples and self._behind is None and store().is_empty():
-            self._warming.start(functools.partial(start_compiler, device))
+        if not examples and self._behind is None:
+            self._warming.start(functools.partial(_start_first, device))
 
     def cancel(self) -> None:
         self._warming.cancel()
@@ -93,6 +93,11 @@ def check_machine(region: Region, device: torch.device, dtypes: Collection[torch
     """Say what is missing before a compiler is asked to work, whose own words are harder to act on."""
     if problems := compile_problems(region.settings.backend, device, dtypes):
         raise RegionFailed(region.name, "; ".join(problems))
+
+
+def _start_first(device: torch.device) -> None:
+    if store().is_empty():
+        start_compiler(device)
 
 
 def _job(region: Region, given: Arguments) -> Job:
