@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import comfy.ldm.flux.layers
 import comfy.ldm.flux.math
@@ -97,7 +98,8 @@ def attention_for(options: Mapping[str, Any], block: nn.Module) -> Attend | None
     return _Rotated(options)
 
 
-class _Rotated(NamedTuple):
+@dataclass(frozen=True)
+class _Rotated:
     """Attention of a host block whose queries and keys are rotated in the graph: no patch sees them before."""
 
     options: Mapping[str, Any]
