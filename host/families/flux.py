@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import comfy.ldm.flux.layers
@@ -13,14 +12,14 @@ import comfy.ldm.modules.attention
 import torch
 from torch import Tensor, nn
 
-from ...hotpath.attention import Attend, cached_prefers_cudnn, opaque_attention
+from ...hotpath.attention import Attend, cached_prefers_cudnn, cudnn_attention, opaque_attention
 from ...hotpath.exchange import exchanged
 from ...hotpath.partial_attention import attention_over_devices, has_parts
 from ...hotpath.sizes import as_size, from_size, span_within
 from ...hotpath.template import NotHoistable
 from ...hotpath.values import plainly_strided
 from ..layers.containers import preferred_attention
-from .attention import called_out, cudnn_first, is_overridden, patched_before, shared_attention, skipped
+from .attention import is_overridden, patched_before, shared_attention, skipped
 from .kinds import BlockKind, Family, Interface, SharedForward, random_tensor
 
 _STREAMS = {"img", "txt", "x"}
@@ -83,31 +82,16 @@ def attention_for(options: Mapping[str, Any], block: nn.Module) -> Attend | None
         raise NotHoistable(f"the host's attention was replaced by {math.optimized_attention.__module__}")
     patches = options.get("patches", {})
     preferred = preferred_attention(block)
-    rotated = (
+    if (
         preferred is None
+        and math.optimized_attention is comfy.ldm.modules.attention.attention_pytorch
         and math.apply_rope.__code__.co_filename == own_file
+        and (shared_attention(options) is not None or not is_overridden(options))
         and not patches.get("attn1_patch")
         and not patches.get("attn1_output_patch")
-    )
-    if not rotated:
-        return functools.partial(_attend, options, {} if preferred is None else {"preferred_attention": preferred})
-    if math.optimized_attention is comfy.ldm.modules.attention.attention_pytorch and (
-        shared_attention(options) is not None or not is_overridden(options)
     ):
         return None
-    return _Rotated(options)
-
-
-@dataclass(frozen=True)
-class _Rotated:
-    """Attention of a host block whose queries and keys are rotated in the graph: no patch sees them before."""
-
-    options: Mapping[str, Any]
-
-    def __call__(
-        self, q: Tensor, k: Tensor, v: Tensor, pe: Tensor | None, mask: Tensor | None, slices: Sequence[int]
-    ) -> Tensor:
-        return comfy.ldm.flux.layers.attention(q, k, v, pe=None, mask=mask, transformer_options=self.options)
+    return functools.partial(_attend, options, {} if preferred is None else {"preferred_attention": preferred})
 
 
 def _attend(
@@ -174,24 +158,15 @@ def bind_traced(inputs: Mapping[str, Any]) -> Mapping[str, Any]:
     The rotary embedding is traced in its plain form, where the host would call a kernel of its own that nothing can be
     fused with.
     """
-    return _rotated(inputs, _as_ever)
+    return _rotated(inputs, cudnn=False)
 
 
 def bind_cudnn(inputs: Mapping[str, Any]) -> Mapping[str, Any]:
     """As ``bind_traced``, with cuDNN's attention where there is no mask."""
-    return _rotated(inputs, cudnn_first)
+    return _rotated(inputs, cudnn=True)
 
 
-def bind_rotated(inputs: Mapping[str, Any]) -> Mapping[str, Any]:
-    """As ``bind_traced``, with attention itself as a call: another than PyTorch's, or an override."""
-    return _rotated({**inputs, _OTHERS: None}, called_out)
-
-
-def _as_ever(attend: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
-    return attend(*args, **kwargs)
-
-
-def _rotated(inputs: Mapping[str, Any], attention: Callable[..., Tensor]) -> Mapping[str, Any]:
+def _rotated(inputs: Mapping[str, Any], cudnn: bool) -> Mapping[str, Any]:
     pe, others = inputs["pe"], from_size(inputs.get(_OTHERS))
 
     def rotate_and_attend(
@@ -199,11 +174,14 @@ def _rotated(inputs: Mapping[str, Any], attention: Callable[..., Tensor]) -> Map
     ) -> Tensor:
         if pe is not None:
             q, k = (comfy.ldm.flux.math._apply_rope1(x, pe) for x in (q, k))
+        masked = kwargs.get("mask") is not None
         if others is not None:
-            if kwargs.get("mask") is None and has_parts(q):
+            if not masked and has_parts(q):
                 return attention_over_devices(q, k, v, others)
             k, v = exchanged(k, v, others)
-        return attention(attend, q, k, v, *args, **kwargs)
+        if cudnn and not masked:
+            return cudnn_attention(q, k, v)
+        return attend(q, k, v, *args, **kwargs)
 
     return _arguments({**inputs, "pe": None}, {"optimized_attention_override": rotate_and_attend})
 
@@ -228,7 +206,7 @@ def bind_opaque(inputs: Mapping[str, Any]) -> Mapping[str, Any]:
 def bind_for(attend: Attend | None, like: Tensor) -> Callable[[Mapping[str, Any]], Mapping[str, Any]]:
     """How the blocks are traced on ``like``'s device, with patches around attention or without."""
     if attend is not None:
-        return bind_rotated if isinstance(attend, _Rotated) else bind_opaque
+        return bind_opaque
     return bind_cudnn if cached_prefers_cudnn(like.device) else bind_traced
 
 

@@ -164,25 +164,6 @@ def test_attention_that_cannot_be_traced_still_makes_two_graphs(flux, monkeypatc
     assert (counting.graphs, counting.breaks) == (2, 0)
 
 
-@pytest.mark.parametrize("patched", [False, True])
-def test_the_rotary_embedding_stays_in_the_graph_where_no_patch_sees_queries_before_it(flux, monkeypatch, patched):
-    import comfy.ldm.flux.math
-    import comfy.ldm.modules.attention as attention
-    import comfy.quant_ops
-
-    rotated, rotate = [], comfy.quant_ops.ck.apply_rope
-    monkeypatch.setattr(comfy.quant_ops.ck, "apply_rope", lambda *args: rotated.append(args) or rotate(*args))
-    monkeypatch.setattr(comfy.ldm.flux.math, "optimized_attention", attention.attention_sub_quad)
-    model = flux.clone()
-    if patched:
-        model.set_model_attn1_patch(lambda q, k, v, **more: {"q": q * 0.5})
-    want = sample(model)
-    eager = len(rotated)
-    rotated.clear()
-    assert (sample(compiled(model)) - want).abs().max() <= 1e-4
-    assert eager and len(rotated) == (eager if patched else 0)
-
-
 def test_a_wrong_attention_shape_is_an_error_and_the_model_stays_usable(flux):
     def override(func, q, k, v, *args, **kwargs):
         return func(q, k, v, *args, **kwargs)[:, :, :5]
