@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from statistics import median
 
@@ -36,9 +36,8 @@ def main(arguments: Sequence[str]) -> int:
     rows = []
     for tokens in given.tokens:
         shares = [torch.randn(2, HEADS, tokens // len(devices), DIM, device=each).bfloat16() for each in devices]
-        for name, work in {"peer copies": peer_copies(shares), "NCCL": nccl(shares)}.items():
-            took = microseconds(work, devices)
-            moved = shares[0].nbytes * (len(devices) - 1)
+        moved = shares[0].nbytes * (len(devices) - 1)
+        for name, took in in_turns({"peer copies": peer_copies(shares), "NCCL": nccl(shares)}, devices).items():
             rows.append({"name": name, "tokens": tokens, "us": took, "GB/s": moved / took / 1e3})
     print_table([("", "  tokens        us    GB/s a device"), *map(_line, rows)])
     if given.json:
@@ -66,17 +65,22 @@ def nccl(shares: Sequence[Tensor]) -> Callable[[], None]:
     return lambda: torch.cuda.nccl.all_gather(shares, room)
 
 
-def microseconds(work: Callable[[], None], devices: Sequence[torch.device]) -> float:
-    times = []
+def in_turns(ways: Mapping[str, Callable[[], None]], devices: Sequence[torch.device]) -> dict[str, float]:
+    """Microseconds of each way; the first rounds warm up."""
+    times: dict[str, list[float]] = {name: [] for name in ways}
     for _ in range(ROUNDS):
-        for device in devices:
-            torch.cuda.synchronize(device)
-        started = time.perf_counter()
-        work()
-        for device in devices:
-            torch.cuda.synchronize(device)
-        times.append((time.perf_counter() - started) * 1e6)
-    return median(times[ROUNDS // 10 :])
+        for name, work in ways.items():
+            wait(devices)
+            started = time.perf_counter()
+            work()
+            wait(devices)
+            times[name].append((time.perf_counter() - started) * 1e6)
+    return {name: median(each[ROUNDS // 10 :]) for name, each in times.items()}
+
+
+def wait(devices: Sequence[torch.device]) -> None:
+    for device in devices:
+        torch.cuda.synchronize(device)
 
 
 def _line(row: dict[str, float]) -> tuple[object, object]:

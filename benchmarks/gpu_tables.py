@@ -166,6 +166,11 @@ def _devices_side(name: str) -> str:
     return ", ".join(nodes) or SIDES["eager"]
 
 
+def _medians(seen: dict[str, Any]) -> dict[str, float]:
+    """Milliseconds of a step of each side."""
+    return {side["name"]: median(side["steps"]) for side in seen["sides"]}
+
+
 def families() -> str:
     """Models of other families on an H200."""
     names = {
@@ -178,7 +183,7 @@ def families() -> str:
     rows = []
     for name, title in shown.items():
         seen = read(f"families_{name}")
-        steps = {side["name"]: median(side["steps"]) for side in seen["sides"]}
+        steps = _medians(seen)
         cells = (f"{steps[side]:.1f} ms ({steps['eager'] / steps[side]:.2f}x)" for side in names)
         rows.append([f"{title}, {seen['blocks']} blocks", f"{steps['eager']:.1f} ms", *cells])
     return markdown(["A step", "without HotPath", *names.values()], rows)
@@ -186,7 +191,7 @@ def families() -> str:
 
 def gguf() -> str:
     """Layers of GGUF files and weights in 4 bits on an H200, beside what each is without HotPath."""
-    steps = {side["name"]: median(side["steps"]) for side in read("gguf_h200")["sides"]}
+    steps = _medians(read("gguf_h200"))
     rows = []
     for name in ("eager", "int4_weight_only", "Q4_K", "Q8_0"):
         shown = {"eager": "bf16", "int4_weight_only": "Quantize (`int4_weight_only`)"}.get(name, f"GGUF, {name}")
@@ -204,7 +209,7 @@ def four_bits() -> str:
         "four_bits_033_h200": ("eager", "asym_w4a8_int8"),
     }.items():
         seen = read(file)
-        steps = {side["name"]: median(side["steps"]) for side in seen["sides"]}
+        steps = _medians(seen)
         for name in names:
             shown = "bf16" if name == "eager" else f"Quantize (`{name}`)"
             ours = steps["ours" if name == "eager" else f"{name} ours"]

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import importlib
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 
 import torch
 from torch.utils._triton import has_triton_package
+
+from .toolchain import variable
 
 # The workers answer after about three; without them kernels are compiled one by one.
 _LONGEST_SECONDS = 15
@@ -22,21 +23,9 @@ def start_workers(device: torch.device) -> None:
     if device.type == "cuda":
         from torch._inductor.async_compile import maybe_warm_pool
 
-        with _environment(_LAUNCHES_OURS, "1"):
+        # What whoever started this process chose stays.
+        with variable(_LAUNCHES_OURS, os.environ.get(_LAUNCHES_OURS, "1")):
             maybe_warm_pool()
-
-
-@contextmanager
-def _environment(name: str, value: str) -> Iterator[None]:
-    """Processes that begin within find ``name`` so, where whoever started this one did not choose."""
-    if name in os.environ:
-        yield
-        return
-    os.environ[name] = value
-    try:
-        yield
-    finally:
-        os.environ.pop(name, None)
 
 
 def start_compiler(device: torch.device) -> None:

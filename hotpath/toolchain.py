@@ -6,7 +6,7 @@ import getpass
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 from .internals.compiler import forget_toolchain
 
@@ -17,14 +17,22 @@ def named_user() -> Iterator[None]:
 
     Containers often run as a number alone, and Python asks these variables first.
     """
-    if _has_name():
+    with nullcontext() if _has_name() else variable("USER", str(os.getuid())):
         yield
-        return
-    os.environ["USER"] = str(os.getuid())
+
+
+@contextmanager
+def variable(name: str, value: str) -> Iterator[None]:
+    """A scope in which the environment of this process, and of those that begin within, has ``name`` at ``value``."""
+    before = os.environ.get(name)
+    os.environ[name] = value
     try:
         yield
     finally:
-        os.environ.pop("USER", None)
+        if before is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = before
 
 
 def _has_name() -> bool:

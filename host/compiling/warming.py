@@ -25,8 +25,7 @@ from ...hotpath.limits import compiling
 from ...hotpath.template import BlockPlan
 from ..families import family_of, kinds_of
 from ..families.kinds import BlockKind
-from ..residency.modulation import ModulationAhead, with_given
-from ..residency.offload import KEY as OFFLOAD
+from ..residency.offload import as_it_runs
 from ..residency.weights import Layers
 from ..splitting.copies import KEY as SPLIT
 
@@ -149,11 +148,9 @@ def _examples(
     for kind, indices in selected.items():
         if not indices or kind.name not in calls:
             continue
-        index = min(indices)
-        block = kind.blocks(diffusion_model)[index]
+        block = kind.blocks(diffusion_model)[min(indices)]
         kind.refuse_foreign(block)
-        if any(isinstance(known, ModulationAhead) for known in model.get_wrappers(WrappersMP.APPLY_MODEL, OFFLOAD)):
-            block = with_given(block, f"{kind.attribute}.{index}", model)
+        block = as_it_runs(block, model)
         plan, layers = planned(kind, block)
         inputs, twin = calls[kind.name]
         if plan.given:

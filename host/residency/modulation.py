@@ -240,15 +240,14 @@ class _State:
             self._made_from = which, [weakref.ref(parameter) for parameter in parameters], versions
 
 
-def with_given(block: nn.Module, prefix: str, patcher: ModelPatcher) -> nn.Module:
-    """A block as it is while its modulation is given: other modules with its weights. ``prefix`` is its path in the
-    diffusion model.
+def with_given(block: nn.Module, patcher: ModelPatcher) -> nn.Module:
+    """A block of the MODEL as it is while its modulation is given: other modules with its weights.
 
     Raises:
         NotHoistable: a modulation module would not compute as the host defines it.
     """
-    family = family_of(patcher.model.diffusion_model)
-    modules = {} if family is None else family.modulations(block)
+    blocks = named_modulations(patcher.get_model_object("diffusion_model"))
+    prefix, modules = next((path, modules) for path, here, modules in blocks if here is block)
     for name, module in modules.items():
         _refuse_changed(f"{prefix}.{name}", module, patcher)
         if isinstance(module.lin.weight, QuantizedTensor) and patcher.patches:

@@ -10,6 +10,7 @@ from typing import Any
 import comfy.model_management
 from comfy.model_patcher import LowVramPatch, ModelPatcher
 from comfy.patcher_extension import CallbacksMP, WrappersMP
+from torch import nn
 
 from ...hotpath.stream import resident_blocks
 from ..families import require_family
@@ -18,7 +19,7 @@ from ..models import require_model
 from ..telling.progress import NodeText, PartText
 from . import dynamic_vram
 from .budget import Budget
-from .modulation import ModulationAhead, modulation_layers
+from .modulation import ModulationAhead, modulation_layers, with_given
 from .streaming import RESIDENCY, Residency, StreamedBlocks, pinned_copies, streamable_layers
 from .weights import class_name
 
@@ -104,6 +105,17 @@ def offload_repeated_blocks(model: ModelPatcher, settings: OffloadSettings, text
     kind: Any = type(offloaded)
     offloaded.__class__ = _leaves_out(kind)
     return offloaded
+
+
+def as_it_runs(block: nn.Module, model: ModelPatcher) -> nn.Module:
+    """What stands for a block of ``model`` as it is in a run, where this node is on the MODEL; else the block.
+
+    Raises:
+        NotHoistable: it can't be told.
+    """
+    wrappers = model.get_wrappers(WrappersMP.APPLY_MODEL, KEY)
+    ahead = any(isinstance(wrapper, ModulationAhead) for wrapper in wrappers)
+    return with_given(block, model) if ahead else block
 
 
 def _loads_all(kind: type[ModelPatcher]) -> type[ModelPatcher]:

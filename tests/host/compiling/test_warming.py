@@ -98,13 +98,13 @@ def test_the_first_step_finds_ready_what_it_needs(name, prepared, regions):
         got, want = sample(fast), sample(model)
     exact = got.dtype == torch.float32 and name in ("patched", "offloaded", "with a LoRA", "streamed")
     assert (got - want).norm() <= (TOLERANCE if exact else 0.05) * want.norm()
-    assert [name.startswith("hotpath-warming") for name in prepared] == [True, True]
+    assert [thread.startswith("hotpath-warming") for thread in prepared] == [True, True]
     assert [(region.stats.graphs, len(region.stats.recompiles)) for region in regions] == [(1, 0), (1, 0)]
     assert compiled_blocks(fast).seconds > 0 and compiled_blocks(fast).eager == {}
 
 
 @pytest.mark.parametrize("make", [checkpoints.flux1, checkpoints.flux2])
-def test_what_block_calls_is_known_with_dynamic_vram_too(make, monkeypatch):
+def test_what_blocks_are_called_with_is_known_with_dynamic_vram_too(make, monkeypatch):
     """There the host makes layers without weights."""
     model = load(make(1, 1))
     config = {**model.model.model_config.unet_config, "dtype": torch.float32}
