@@ -74,6 +74,7 @@ def measure(
     models: dict[str, Any] = {}
     rows: list[Row] = []
     for card in cards:
+        _unload()
         with small_card(card, told=told and dynamic) as free:
             print(f"{free:.1f} GiB free, {'with' if dynamic else 'without'} dynamic VRAM", flush=True)
             for side in sides:
@@ -106,13 +107,17 @@ def make(side: str, whole: Any, quantized: dict[str, Any]) -> Any:
     return compiled(model) if "ours" in parts else model
 
 
-def _measure(row: Row, model: Callable[[], Any]) -> Row:
+def _unload() -> None:
     import comfy.model_management as management
 
     with torch.inference_mode():
         management.unload_all_models()
     gc.collect()
     torch.cuda.empty_cache()
+
+
+def _measure(row: Row, model: Callable[[], Any]) -> Row:
+    _unload()
     torch.cuda.reset_peak_memory_stats()
     try:
         made = model()

@@ -38,10 +38,13 @@ def start(dynamic_vram: bool = True, cpu: bool = False) -> None:
     import utils.extra_config  # noqa: F401
 
     logging.getLogger().setLevel(logging.WARNING)
-    if cpu:
-        from comfy.cli_args import args
+    from comfy.cli_args import args
 
+    if cpu:
         args.cpu = args.use_pytorch_cross_attention = True
+    elif torch.cuda.is_available():
+        # By it the host decides where weights from RAM are put.
+        args.cuda_malloc = torch.cuda.get_allocator_backend() == "cudaMallocAsync"
     if not dynamic_vram:
         return
     import comfy_aimdo.control as aimdo

@@ -281,14 +281,14 @@ class CompiledBlocks(Ledger):
                 bind = kind.interface.bind_for(attend, activation)
                 way = bind, torch.is_inference_mode_enabled(), activation.device
                 known = None if streamed else scope.enter_context(self._known.found(plan, way, layers, taken))
-            replay = functools.partial(self.replays.run, call.graphs, kind.name, index, plan, layers, attend, streamed)
+            replay = functools.partial(self.replays.run, call.graphs, kind.name, index, plan, layers, attend)
             scope.enter_context(nullcontext() if attend is None else attention_scope(attend))
             if known is not None:
-                out = replay(known.graph, known.weights, taken, known.addresses)
+                out = replay(False, known.graph, known.weights, taken, known.addresses)
                 call.account.ran_compiled(kind.name, index)
                 return out
             with GettingCode(f"{kind.name} block"):
-                scope.enter_context(in_place(layers, activation))
+                streamed = bool(scope.enter_context(in_place(layers, activation))) or streamed
                 weights = block_weights(layers, activation)
                 like = plan.key, *way
                 region = call.regions.get(like)
@@ -303,7 +303,7 @@ class CompiledBlocks(Ledger):
             assert region is not None
             call.regions[like] = region
             if graph is not None:
-                out = replay(graph, weights, taken)
+                out = replay(streamed, graph, weights, taken)
                 self.regions.setdefault(region)
                 if not streamed and unsafe_weights(layers, activation.device) is None:
                     self._known.note(plan, way, layers, graph, weights)

@@ -31,6 +31,7 @@ from ..layers.quantized import (
     refuse_arriving,
     state_in_use,
 )
+from .arriving import arriving
 
 # The state of a mixed precision Linear that computes in no quantized format.
 _CAST = "cast"
@@ -110,8 +111,9 @@ Layers = Sequence[tuple[str, nn.Module, Hashable]]
 """Layers of a block that hold weights: path, layer, and its state as ``layer_states`` tells it."""
 
 
-def in_place(layers: Layers, like: Tensor) -> AbstractContextManager[None]:
-    """A scope in which the ``block_weights`` of ``layers`` stay valid on ``like``'s device.
+def in_place(layers: Layers, like: Tensor) -> AbstractContextManager[bool | None]:
+    """A scope in which the ``block_weights`` of ``layers`` stay valid on ``like``'s device; whether any of them are there
+    for its length alone.
 
     Raises:
         NotHoistable: the host computes with them in another way in this very call.
@@ -120,8 +122,11 @@ def in_place(layers: Layers, like: Tensor) -> AbstractContextManager[None]:
         return nullcontext()
     for _, layer, state in layers:
         refuse_arriving(layer, state)
-    dynamic = [layer for _, layer, _ in layers if "_v" in layer.__dict__ and "_prefetch" not in layer.__dict__]
-    return _faulted_in(dynamic, like.device) if dynamic else nullcontext()
+    dynamic = [layer for _, layer, _ in layers if "_v" in layer.__dict__]
+    if not dynamic:
+        return arriving([layer for _, layer, _ in layers], like.device)
+    missing = [layer for layer in dynamic if "_prefetch" not in layer.__dict__]
+    return _faulted_in(missing, like.device) if missing else nullcontext()
 
 
 def block_weights(layers: Layers, like: Tensor) -> dict[str, Tensor]:
