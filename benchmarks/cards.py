@@ -17,7 +17,7 @@ import torch
 from devtools import gpu_host
 from devtools.ballast import GIB, small_card
 from devtools.cli import write_json
-from devtools.gpu_host import compiled, compiled_per_block, load, offload, quantize, time_steps
+from devtools.gpu_host import compiled, compiled_per_block, load, offload, quantize, sample, timed
 
 SIZE = (1024, 1024)
 TEXT_TOKENS = 512
@@ -120,12 +120,13 @@ def _measure(row: Row, model: Callable[[], Any]) -> Row:
     _unload()
     torch.cuda.reset_peak_memory_stats()
     try:
-        made = model()
+        made, took = timed(model())
         started = time.perf_counter()
-        time_steps(made, SIZE, TEXT_TOKENS, 1)
+        sample(made, SIZE, TEXT_TOKENS, 1)
         row.first = time.perf_counter() - started
         started = time.perf_counter()
-        _, row.steps = time_steps(made, SIZE, TEXT_TOKENS, SETTLING + STEPS)
+        sample(made, SIZE, TEXT_TOKENS, SETTLING + STEPS)
+        row.steps = took()[1:]
         beside = max(0.0, time.perf_counter() - started - sum(row.steps) / 1e3)
         row.step = median(row.steps[SETTLING:])
         row.image = beside + IMAGE_STEPS * row.step / 1e3

@@ -85,21 +85,21 @@ def _whole_side(name: str) -> str:
 
 
 def first_steps() -> str:
-    """The first step in a new process, compiled and loaded."""
-    seen = read("gpu_h200")["first steps"]
-    return markdown(
-        ["H200, first step after a start", "Takes", "Of it loading", "Graphs compiled", "Kinds of processes started"],
-        (
-            (
-                name,
-                f"{run['first step']:.1f} s",
-                f"{run['loading']:.1f} s",
-                str(run["graphs"]),
-                str(len(set(run["processes"]))),
-            )
-            for name, run in seen.items()
-        ),
-    )
+    """The first step in a new process: without HotPath, compiled in three ways, and loaded."""
+    shown = {
+        "eager": "without HotPath",
+        "ours, 30 s ahead": "nothing stored, 30 s of loading before it",
+        "ours, cold": "nothing stored, no loading before it",
+        "plain per block, cold": "each block compiled by ComfyUI's wrapper",
+        "ours, loaded": "stored, no loading before it",
+    }
+    seen = read("start_h200")["sides"]
+    rows = []
+    for name, title in shown.items():
+        (run,) = seen[name]
+        graphs = str(run["graphs"]) if name != "eager" else ""
+        rows.append([title, f"{run['first']:.1f} s", graphs, str(run["processes"])])
+    return markdown(["H200, first step after a start", "Takes", "Graphs compiled", "Processes started"], rows)
 
 
 def cards(file: str = "cards_h200") -> str:
@@ -112,7 +112,7 @@ def cards(file: str = "cards_h200") -> str:
     return markdown(
         ["Free memory, and a step", *(f"{size:.0f} GiB" for size in sizes)],
         (
-            (_card_side(side), *(f"{at[size]['step']:.1f} ms" if size in at else "" for size in sizes))
+            (_card_side(side), *(_card_step(at[size]) if size in at else "" for size in sizes))
             for side, at in rows.items()
         ),
     )
@@ -124,6 +124,10 @@ def _card_side(name: str) -> str:
             offload = "Offload Repeated Blocks, " if "offload" in name else ""
             return f"Quantize Repeated Blocks (`{format}`), {offload}Compile Repeated Blocks"
     return SIDES[name]
+
+
+def _card_step(row: dict[str, Any]) -> str:
+    return "out of memory" if "OutOfMemory" in row["failed"] else f"{row['step']:.1f} ms"
 
 
 def devices() -> str:
@@ -139,6 +143,14 @@ def devices() -> str:
             cells = [f"{at[size]['ms']:.0f} ms ({at[size]['times_one']:.2f}x)" if size in at else "" for size in sizes]
             table.append([shown, _devices_side(name), str(count), *cells])
     return markdown(["Shape", "A step", "GPUs", *(f"{size}x{size}" for size in sizes)], table)
+
+
+def copies() -> str:
+    """What keys and values of a block take from GPU to GPU."""
+    names, tokens = {"peer copies": "peer copies", "NCCL": "NCCL, all-gather"}, {4608: "1024x1024", 16896: "2048x2048"}
+    took = {(row["name"], row["tokens"]): row["us"] for row in read("copies_h200")["rows"]}
+    rows = [[shown, *(f"{took[name, count]:.0f} us" for count in tokens)] for name, shown in names.items()]
+    return markdown(["Keys and values of a block", *tokens.values()], rows)
 
 
 def guidance() -> str:
@@ -274,6 +286,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "cards": cards,
     "cards-ordinary": partial(cards, "cards_ordinary_h200"),
     "devices": devices,
+    "copies": copies,
     "families": families,
     "gguf": gguf,
     "four-bits": four_bits,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import runpy
+import shlex
 import sys
 import types
 from collections.abc import Callable
@@ -84,7 +85,7 @@ def about() -> dict[str, str]:
         "allocator": torch.cuda.get_allocator_backend() if torch.cuda.is_available() else "CPU",
         "torch": torch.__version__,
         "ComfyUI": host["__version__"],
-        "command": " ".join(["python -m", spec.name if spec else sys.argv[0], *arguments]),
+        "command": f"python -m {shlex.join([spec.name if spec else sys.argv[0], *arguments])}",
     }
 
 
@@ -212,11 +213,14 @@ def calling(model: Any, around: Callable[[Callable[[], Tensor]], Tensor]) -> Any
     return clone
 
 
-def time_steps(model: Any, size: tuple[int, int], tokens: int, steps: int) -> tuple[Tensor, list[float]]:
-    """The latent of ``sample`` and the milliseconds of each call of the model, by events."""
+def timed(model: Any) -> tuple[Any, Callable[[], list[float]]]:
+    """A clone of ``model``, and what gives the milliseconds of each of its calls so far, by events.
+
+    The clone is to be kept for as long as is measured: with it goes what the host pinned of weights in RAM.
+    """
     events = []
 
-    def timed(call: Callable[[], Tensor]) -> Tensor:
+    def around(call: Callable[[], Tensor]) -> Tensor:
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         start.record()
         out = call()
@@ -224,9 +228,18 @@ def time_steps(model: Any, size: tuple[int, int], tokens: int, steps: int) -> tu
         events.append((start, end))
         return out
 
-    latent = sample(calling(model, timed), size, tokens, steps)
-    torch.cuda.synchronize()
-    return latent, [start.elapsed_time(end) for start, end in events]
+    def took() -> list[float]:
+        torch.cuda.synchronize()
+        return [start.elapsed_time(end) for start, end in events]
+
+    return calling(model, around), took
+
+
+def time_steps(model: Any, size: tuple[int, int], tokens: int, steps: int) -> tuple[Tensor, list[float]]:
+    """The latent of ``sample`` and the milliseconds of each call of the model, by events."""
+    clone, took = timed(model)
+    latent = sample(clone, size, tokens, steps)
+    return latent, took()
 
 
 def predict_streaming(model: Any, resident: float, bandwidth: float) -> tuple[int, float] | None:

@@ -74,11 +74,29 @@ def main(arguments: Sequence[str]) -> int:
         "graphs": graphs_so_far(),
         "frames": sum(torch._dynamo.utils.counters["frames"].values()),
         "processes": processes,
+        "need Triton": _need_triton(),
         "states": sorted({region.stats.cache for region in REGIONS}),
         "kernels timed": "CachingAutotuner.benchmark_all_configs" in torch._dynamo.utils.compilation_time_metrics,
     }
     print(json.dumps(found))
     return 0
+
+
+def _need_triton() -> dict[str, list[str]]:
+    """Triton kernels of this process that can't be kept, with the variants that PyTorch can't launch by itself."""
+    from torch._inductor.codecache import PyCodeCache
+    from torch._inductor.runtime.triton_heuristics import CachingAutotuner, StaticTritonCompileResult
+
+    kernels = [
+        (name, value)
+        for module in PyCodeCache.modules
+        for name, value in vars(module).items()
+        if isinstance(value, CachingAutotuner) and not value.is_statically_launchable()
+    ]
+    return {
+        name: [str(each.config) for each in kernel.compile_results if not isinstance(each, StaticTritonCompileResult)]
+        for name, kernel in kernels
+    }
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ def test_the_second_start_compiles_nothing_and_starts_no_process(tmp_path, kind,
     user = tmp_path / "user"
     first = start(tmp_path / "first", user, kind)
     assert (first["graphs"], first["states"]) == (2, ["miss: nothing was stored yet"]) and first["kernels timed"]
+    assert first["need Triton"] == {}
     second = start(tmp_path / "second", user, kind)
     assert (second["graphs"], second["frames"], second["states"]) == (0, 0, ["hit"])
     assert max(first["differences"] + second["differences"]) < tolerance
