@@ -156,20 +156,14 @@ class BlockPlan:
     _places: tuple[_Place, ...] = field(repr=False)
     _additions: Additions = field(repr=False)
 
-    def is_settled(self) -> bool:
-        """Whether what the forwards of the block's modules read of them is what was planned. Asked before each call of
-        the model, as it would take long before each call of a block."""
-        known = ((place.settled, place.module()) for place in self._places if place.settled is not None)
-        return all(module is None or settled.hold(module) for settled, module in known)
-
     def layers(self, block: nn.Module) -> list[tuple[str, nn.Module, Hashable]]:
         """The layers of ``block`` that hold weights: path, layer, and its state as planned.
 
         Raises:
-            NotHoistable: something was bolted onto the block, or swapped in it, since it was planned.
+            NotHoistable: something was bolted onto the block, or swapped or changed in it, since it was planned.
         """
         modules: list[nn.Module] = []
-        for path, parent, name, known, kind, children, given, read_state, state, added, _ in self._places:
+        for path, parent, name, known, kind, children, given, read_state, state, added, settled in self._places:
             module = modules[parent]._modules.get(name) if modules else block
             if module is None or module is not known() or type(module) is not kind:
                 raise NotHoistable(f"{path or 'the block'} was replaced")
@@ -183,6 +177,8 @@ class BlockPlan:
                 raise NotHoistable(f"{path or 'the block'} computes in another way now")
             if len(module._modules) != children:
                 raise NotHoistable(f"{path or 'the block'} has other submodules")
+            if settled is not None and not settled.hold(module):
+                raise NotHoistable(f"what {path or 'the block'} computes by was changed")
             if (overridden and _is_given(module)) != given or (read_state is not None and read_state(module) != state):
                 raise NotHoistable(f"{path or 'the block'} computes in another way now")
             modules.append(module)
@@ -253,7 +249,7 @@ def plan_block(
         unread = (*bookkeeping, *(() if path else ignored))
         is_layer = given or plain is not None
         values = {} if is_layer else {name: value for name, value in own_state(module).items() if name not in unread}
-        read = _constants(kind) if is_layer else _read_by(kind).intersection(values)
+        read = constants(kind) if is_layer else _read_by(kind).intersection(values)
         known, settled = weakref.ref(module), _Settled.of(module, read)
         places.append(_Place(path, parent, name, known, kind, children, given, read_state, state, added, settled))
         if given:
@@ -291,7 +287,7 @@ def plan_block(
     return BlockPlan(template, number, given, tuple(layers), tuple(places), additions)
 
 
-def _constants(kind: type) -> Collection[str]:
+def constants(kind: type) -> Collection[str]:
     """Attributes of layers of a class that what PyTorch or the host computes with them depends on."""
     return {"eps", *getattr(kind, "__constants__", ())}
 

@@ -168,7 +168,6 @@ class CompiledBlocks(Ledger):
         """A wrapper of the host's ``apply_model``; arguments are passed on as they are, conditioning on the device."""
         asked, call = ModelCall.read(*args, **kwargs), _Call(self.selected)
         device, spent, kind = asked.x.device, self.seconds, asked.structure
-        self.plans.begin()
         self.replays.begin(call.graphs, device, asked.options)
         asked.move_conditioning()
 

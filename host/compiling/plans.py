@@ -33,15 +33,6 @@ class Plans:
         plan = self._plans[block] = plan_block(block, plain_layers(block, self._fuses), *known)
         return plan, plan.layers(block)
 
-    def begin(self) -> None:
-        """A call of the model begins: blocks whose modules were changed in place are planned anew."""
-        # Another thread may plan meanwhile.
-        for known in self._plans.keyrefs():
-            block = known()
-            plan = None if block is None else self._plans.get(block)
-            if block is not None and plan is not None and not plan.is_settled():
-                self._plans.pop(block, None)
-
     def ahead(self, kind: BlockKind, block: nn.Module) -> None:
         """Plan ahead, to know how many regions there will be; what can't be planned says so when it runs."""
         with suppress(Exception):

@@ -1,4 +1,4 @@
-"""Weights that the host left in RAM without dynamic VRAM, copied to the device while what was launched before computes."""
+"""Weights that the host left in RAM without dynamic VRAM, copied to the device while what came before them computes."""
 
 from __future__ import annotations
 

@@ -112,8 +112,8 @@ Layers = Sequence[tuple[str, nn.Module, Hashable]]
 
 
 def in_place(layers: Layers, like: Tensor) -> AbstractContextManager[bool | None]:
-    """A scope in which the ``block_weights`` of ``layers`` stay valid on ``like``'s device; whether any of them are there
-    for its length alone.
+    """A scope in which the ``block_weights`` of ``layers`` stay valid on ``like``'s device; whether any of them are
+    there for its length alone.
 
     Raises:
         NotHoistable: the host computes with them in another way in this very call.

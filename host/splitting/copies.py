@@ -10,7 +10,7 @@ from comfy.model_base import BaseModel
 from comfy.model_patcher import ModelPatcher
 from torch import Tensor, nn
 
-from ...hotpath.template import is_plain
+from ...hotpath.template import constants, is_plain
 from ..layers.containers import attributes_of, is_preference
 from ..residency.weights import class_name
 from ..telling.accounting import Route
@@ -89,13 +89,33 @@ def _changed_module(ours: nn.Module, theirs: nn.Module) -> str:
             return f"hooks into {path or 'the model'} or replaces its forward"
         if other is None or class_name(type(module)) != class_name(type(other)):
             return f"replaces {path}"
-        if path and not module._parameters and _plain_state(module) != _plain_state(other):
+        if path and _plain_state(module) != _plain_state(other):
             return f"changed {path}"
     return ""
 
 
 def _plain_state(module: nn.Module) -> dict[str, Any]:
+    """What ``module`` computes by beside its weights; of a layer, which the host has its own notes on, PyTorch's part."""
+    if module._parameters:
+        return {name: module.__dict__[name] for name in constants(type(module)) if name in module.__dict__}
     return {name: value for name, value in attributes_of(module) if is_plain(value)}
+
+
+class AsItBegan:
+    """What the modules of a model were when a run began."""
+
+    def __init__(self, diffusion_model: nn.Module) -> None:
+        named = [(path, module) for path, module in diffusion_model.named_modules() if path]
+        self._each = [(path, module, _plain_state(module)) for path, module in named]
+
+    def changed(self) -> str:
+        """What was done in place to one of them since; empty where nothing was."""
+        # Asked at each step.
+        for path, module, state in self._each:
+            held = module.__dict__
+            if not is_its_own(module) or any(held.get(name, self) != value for name, value in state.items()):
+                return f"changed {path} in mid-run"
+        return ""
 
 
 def changed_weight(model: ModelPatcher, copy: ModelPatcher) -> str:

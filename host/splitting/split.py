@@ -37,7 +37,7 @@ from ..models import require_model, why_untouched
 from ..residency.offload import KEY as OFFLOAD
 from ..telling.accounting import Route, routed, routes_to
 from ..telling.progress import NodeText
-from .copies import KEY, changed_weight, copy_on, is_its_own, match, why_not_copied
+from .copies import KEY, AsItBegan, changed_weight, copy_on, is_its_own, match, why_not_copied
 
 log = logging.getLogger(__name__)
 
@@ -133,6 +133,7 @@ class SplitBlocks:
         self._crew: Crew | None = None
         self._between = False
         self._copies: list[ModelPatcher] = []
+        self._began: AsItBegan | None = None
         self._told = ""
 
     def prepare(self, executor: WrapperExecutor, model: ModelPatcher, *args: Any, **kwargs: Any) -> Any:
@@ -164,6 +165,7 @@ class SplitBlocks:
             if changed:
                 self.why_not = f"another node changed {changed} in place, which is there once"
                 return
+        self._began = AsItBegan(patcher.model.diffusion_model)
         devices = [patcher.load_device, *(copy.load_device for copy in copies)]
         self._crew = Crew(devices, comfy.model_management.set_torch_device, self._between)
 
@@ -172,7 +174,7 @@ class SplitBlocks:
         if patcher.model is not self._model():
             return
         crew, copies = self._crew, self._copies
-        self._crew, self._copies = None, []
+        self._crew, self._copies, self._began = None, [], None
         if crew is not None:
             self._between = crew.between
             crew.end()
@@ -252,8 +254,10 @@ class SplitBlocks:
         self, diffusion_model: nn.Module, original: Callable[..., Tensor], arguments: Mapping[str, Any]
     ) -> Tensor:
         """Raises NotShared, before anything runs, or DeviceFailed, with ``arguments`` as they were."""
-        crew = self._crew
-        assert crew is not None
+        crew, began = self._crew, self._began
+        assert crew is not None and began is not None
+        if changed := began.changed():
+            raise NotShared(f"another node {changed}, which is there once")
         count = len(crew.devices)
         cuts = {names: shares(arguments[names[0]].shape[1], count) for names in self._shared.streams}
         places = places_of(list(cuts.values()))

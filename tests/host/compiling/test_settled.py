@@ -49,6 +49,27 @@ def test_between_two_steps_of_a_run_too(flux):
     assert (want - sample(flux, steps=3)).abs().max() > 1e-3
 
 
+def test_between_two_blocks_of_a_step_too(flux):
+    """By a patch of a block, which changes the next one."""
+
+    def changing(model):
+        steps = []
+
+        def replace(args, extra):
+            steps.append(0)
+            flux.model.diffusion_model.double_blocks[1].img_norm1.eps = 0.5 if len(steps) > 1 else 1e-6
+            return extra["original_block"](args)
+
+        clone = model.clone()
+        clone.set_model_patch_replace(replace, "dit", "double_block", 0)
+        return clone
+
+    fast = compiled(flux)
+    want, got = sample(changing(flux), steps=3), sample(changing(fast), steps=3)
+    assert (want - got).abs().max() <= 1e-4
+    assert (want - sample(flux, steps=3)).abs().max() > 1e-3
+
+
 def test_what_others_leave_on_modules_compiles_nothing(flux):
     fast = compiled(flux)
     assert_parity(flux, fast)

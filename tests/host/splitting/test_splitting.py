@@ -320,6 +320,25 @@ def with_another_theta(model):
     return model
 
 
+def with_another_eps(model):
+    model.model.diffusion_model.single_blocks[1].pre_norm.eps = 0.5
+    return model
+
+
+def with_what_changes_in_mid_run(model):
+    """A node that changes what a layer computes by before the second of three steps."""
+    steps = []
+
+    def wrapper(executor, *args, **kwargs):
+        steps.append(None)
+        model.model.diffusion_model.double_blocks[0].img_norm1.eps = 0.5 if len(steps) % 3 == 2 else 1e-6
+        return executor(*args, **kwargs)
+
+    clone = model.clone()
+    clone.add_wrapper_with_key("diffusion_model", "changes", wrapper)
+    return clone
+
+
 @torch.inference_mode()
 def with_a_weight_in_place(model):
     weight = model.model.diffusion_model.single_blocks[2].linear2.weight
@@ -336,6 +355,7 @@ REFUSED = {
     "replaces forward_orig": with_own_forward,
     "hooks into double_blocks.1.img_mlp.2": with_hook,
     "changed pe_embedder": with_another_theta,
+    "changed single_blocks.1.pre_norm": with_another_eps,
     "changed single_blocks.2.linear2.weight in place": with_a_weight_in_place,
     "hooks into txt_in or replaces its forward": with_layer_of_its_own,
     "as a bypass LoRA": with_bypass,
@@ -359,6 +379,16 @@ def test_what_cant_be_shared_out_runs_on_one_device_with_the_reason(filed, file,
     assert_parity(changed, two, **run)
     assert blocks_of(two).steps == 0
     assert text.last["state"] == "eager" and text.seen[-1].startswith("on one device: ") and reason in text.seen[-1]
+
+
+@pytest.mark.parametrize("wrap", [lambda model: model, compiled], ids=["eager", "compiled"])
+def test_what_is_changed_in_mid_run_is_changed_on_one_device(filed, wrap):
+    text = Texts()
+    two = wrap(with_what_changes_in_mid_run(split(filed, text=text)))
+    assert_parity(with_what_changes_in_mid_run(filed), two, steps=3)
+    assert blocks_of(two).steps == 2
+    (said,) = [seen for seen in text.seen if seen.startswith("on one device")]
+    assert "another node changed double_blocks.0.img_norm1 in mid-run" in said
 
 
 def test_one_device_is_the_identity_and_says_so(filed):
