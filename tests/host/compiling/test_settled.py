@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from hotpath_pack.devtools import family_models
 from sampling import Counting, assert_parity, compiled, compiled_blocks, sample
 
 
@@ -68,6 +69,22 @@ def test_between_two_blocks_of_a_step_too(flux):
     want, got = sample(changing(flux), steps=3), sample(changing(fast), steps=3)
     assert (want - got).abs().max() <= 1e-4
     assert (want - sample(flux, steps=3)).abs().max() > 1e-3
+
+
+def test_what_stands_before_a_method_of_its_class():
+    """A method that a forward calls, overridden on one module and given back."""
+    model = family_models.tiny("z_image")
+    fast = compiled(model)
+    assert_parity(model, fast)
+    before = sample(model)
+    module = model.model.diffusion_model.layers[1].feed_forward
+    module._forward_silu_gating = lambda x1, x3: x1 * x3
+    assert (sample(model) - before).abs().max() > 5e-4
+    assert_parity(model, fast)
+    del module._forward_silu_gating
+    with Counting() as counting:
+        assert_parity(model, fast)
+    assert counting.graphs == 0 and compiled_blocks(fast).eager == {}
 
 
 def test_what_others_leave_on_modules_compiles_nothing(flux):
