@@ -95,7 +95,8 @@ def _changed_module(ours: nn.Module, theirs: nn.Module) -> str:
 
 
 def _plain_state(module: nn.Module) -> dict[str, Any]:
-    """What ``module`` computes by beside its weights; of a layer, which the host has its own notes on, PyTorch's part."""
+    """What ``module`` computes by beside its weights; of a layer, on which the host has notes of its own, what PyTorch
+    reads of it."""
     if module._parameters:
         return {name: module.__dict__[name] for name in constants(type(module)) if name in module.__dict__}
     return {name: value for name, value in attributes_of(module) if is_plain(value)}
