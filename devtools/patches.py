@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+_NORMS = ("img_norm1", "img_attn.norm.query_norm", "txt_norm2")
+
 
 def attn1_patch(model: Any, strength: float) -> None:
     """Change queries and keys by block and step, and text keys by their own."""
@@ -101,6 +103,27 @@ def controlnet_residuals(model: Any, strength: float) -> None:
     model.set_model_unet_function_wrapper(wrapper)
 
 
+def number_in_place(model: Any, strength: float) -> None:
+    """Change what norms of the second double block add, once the first one runs, and back after the step."""
+    norms = [module for name, module in model.model.diffusion_model.double_blocks[1].named_modules() if name in _NORMS]
+    before = [norm.eps for norm in norms]
+
+    def first(args: Any, extra: Any) -> Any:
+        for norm in norms:
+            norm.eps = strength
+        return extra["original_block"](args)
+
+    def wrapper(executor: Any, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return executor(*args, **kwargs)
+        finally:
+            for norm, eps in zip(norms, before, strict=True):
+                norm.eps = eps
+
+    model.add_wrapper_with_key("diffusion_model", "number_in_place", wrapper)
+    model.set_model_patch_replace(first, "dit", "double_block", 0)
+
+
 def rope_options(model: Any, strength: float) -> None:
     """Move and stretch positions."""
     model.set_model_rope_options(scale_x=1 + strength, shift_x=0, scale_y=1, shift_y=strength, scale_t=1, shift_t=0)
@@ -116,6 +139,7 @@ PATCHES: Mapping[str, Callable[[Any, float], None]] = {
         patches_replace,
         patches_replace_that_skips,
         controlnet_residuals,
+        number_in_place,
         rope_options,
     )
 }
