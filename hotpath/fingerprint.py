@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .first_run import waits_for_others
+from .stretch import stretch
 from .template import codes_of, functions_of, own_state
 from .values import varying_dims
 
@@ -262,16 +262,15 @@ class Dependencies:
 
     def hold(self) -> bool:
         """Whether each of them does."""
-        # Between blocks that wait for other devices no code runs but the host's.
-        call = waits_for_others()
-        if call is not None and call is self._held_in:
+        now = stretch()
+        if now is not None and now is self._held_in:
             return True
         self._held_in = None
         if self._identities is None or not self._identities.same():
             if self.broken() is not None:
                 return False
             self._identities = _Identities(self._each)
-        self._held_in = call
+        self._held_in = now
         return True
 
     def told(self) -> list[tuple[str, tuple[tuple[str, Any], ...], str]]:

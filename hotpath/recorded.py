@@ -28,6 +28,7 @@ from torch import Tensor
 from .cuda_graphs import Busy, Recorder, Recording
 from .first_run import alone, waits_for_others
 from .static import Layout, StaticInputs, flatten, layout, rebuilt
+from .stretch import stretch
 
 log = logging.getLogger(__name__)
 
@@ -230,8 +231,7 @@ class Recordings:
         assert static is not None and block.recording is not None
         if static.held(found):
             return Replayed(why_not=HELD)
-        # Between blocks that wait for other devices no code runs but the host's.
-        groups = static.bring(found, waits_for_others(), frame.written)
+        groups = static.bring(found, stretch(), frame.written)
         block.recording.replay()
         self._mark = None
         return Replayed(_outputs(frame, found, groups))

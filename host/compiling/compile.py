@@ -29,15 +29,16 @@ from ..families.kinds import BlockKind
 from ..model_call import ModelCall
 from ..models import WHOLE_MODEL, compiled_by_another, is_compiled, require_model
 from ..residency.weights import block_weights, in_place
-from ..telling.accounting import CallAccount, Route, block_name, routed, untouched
+from ..telling.accounting import Route, block_name, routed, untouched
 from ..telling.ledger import Ledger
 from ..telling.progress import NodeText
 from .artifacts import kept_region, require_kept, unsupported
 from .boundary import GettingCode
+from .call import Call
 from .hosts_compiler import hosts_compiler_off
 from .known import KnownBlocks
 from .plans import Plans
-from .replay import NOT_AHEAD, Replayed, Replays, unsafe_weights
+from .replay import NOT_AHEAD, Replays, unsafe_weights
 from .warming import Arguments, Example
 from .when import LATER, When, check_machine
 
@@ -113,15 +114,6 @@ def compiled_blocks(model: ModelPatcher) -> CompiledBlocks | None:
     return found[0] if found else None
 
 
-class _Call:
-    """One call of the model: what became of its blocks, and the region that each kind of block had in it."""
-
-    def __init__(self, selected: Mapping[BlockKind, Collection[int]]) -> None:
-        self.account = CallAccount({kind.name: indices for kind, indices in selected.items()})
-        self.regions: dict[Hashable, Region] = {}
-        self.graphs = Replayed()
-
-
 class CompiledBlocks(Ledger):
     """The wrapper around ``apply_model``: for the length of one call the selected blocks run as regions.
 
@@ -166,7 +158,7 @@ class CompiledBlocks(Ledger):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """A wrapper of the host's ``apply_model``; arguments are passed on as they are, conditioning on the device."""
-        asked, call = ModelCall.read(*args, **kwargs), _Call(self.selected)
+        asked, call = ModelCall.read(*args, **kwargs), Call(self.selected)
         device, spent, kind = asked.x.device, self.seconds, asked.structure
         self.replays.begin(call.graphs, device, asked.options)
         asked.move_conditioning()
@@ -196,11 +188,11 @@ class CompiledBlocks(Ledger):
 
     @contextmanager
     def _swapped(
-        self, diffusion_model: nn.Module, call: _Call | None = None, others: Collection[str] = ()
+        self, diffusion_model: nn.Module, call: Call | None = None, others: Collection[str] = ()
     ) -> Iterator[None]:
         """Route the selected blocks, but those that ``others`` names as compiled by another node, through regions."""
         if call is None:
-            call = _Call(self.selected)
+            call = Call(self.selected)
             self.account = call.account
         runs: dict[nn.Module, Callable[..., Any]] = {}
         for kind, indices in self.selected.items():
@@ -220,7 +212,8 @@ class CompiledBlocks(Ledger):
                 if not self.regions:
                     self.plans.ahead(kind, block)
                 runs[block] = Route(self._run_block, call, kind, index, block)
-        with routed(runs):
+        call.begin(diffusion_model, runs)
+        with routed(runs), call.stretches.of_this_thread():
             yield
 
     def _blocks_of(self, kind: BlockKind, diffusion_model: nn.Module) -> list[nn.Module | None]:
@@ -229,7 +222,7 @@ class CompiledBlocks(Ledger):
         before = self._blocks.get(diffusion_model, {}).get(kind.name, [])
         return [block() for block in before] if len(blocks) < len(before) else list(blocks)
 
-    def _run_block(self, call: _Call, kind: BlockKind, index: int, block: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    def _run_block(self, call: Call, kind: BlockKind, index: int, block: nn.Module, *args: Any, **kwargs: Any) -> Any:
         with untouched(block) as routed_here:
             if torch.compiler.is_compiling():
                 return block.forward(*args, **kwargs)
@@ -251,7 +244,7 @@ class CompiledBlocks(Ledger):
             return block.forward(*args, **kwargs)
 
     def _run_as_region(
-        self, call: _Call, kind: BlockKind, index: int, block: nn.Module, streamed: bool, args: Any, kwargs: Any
+        self, call: Call, kind: BlockKind, index: int, block: nn.Module, streamed: bool, args: Any, kwargs: Any
     ) -> Any:
         """Run the block compiled.
 
@@ -271,6 +264,7 @@ class CompiledBlocks(Ledger):
                 options = inputs.get("transformer_options", {})
                 kind.refuse_unknown(options)
                 attend = kind.interface.attention_for(options, block)
+                call.enter(attend, options)
                 plan, layers = self.plans.of(kind, block)
             if plan.given:
                 vector = kind.interface.vector
@@ -394,6 +388,7 @@ class CompiledBlocks(Ledger):
             done = place = " again"
         self.text.show(f"compiling {region.name} region{done} ...", "compiling", region=f"{region.name}{place}")
 
-    def _note_eager(self, call: _Call, kind: BlockKind, index: int, reason: str, entered: bool = True) -> None:
+    def _note_eager(self, call: Call, kind: BlockKind, index: int, reason: str, entered: bool = True) -> None:
+        call.stretches.goes_on(False)
         self.tell(reason, block_name(kind.name, index))
         call.account.ran_eager(kind.name, index, reason, entered)

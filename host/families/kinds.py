@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ...hotpath.attention import Attend
 from ...hotpath.compiled import Bind
+from ...hotpath.internals.state import any_global_hook
 from ...hotpath.template import NotHoistable, refuse_bolted_on
 from ..residency.weights import class_name, refuse_replaced_forward
 from .reads import ANY, options_read
@@ -133,6 +134,12 @@ class SharedForward:
         """Whether this is the method of ``diffusion_model``."""
         return _is_one_of(diffusion_model, self.classes)
 
+    def is_hosts(self, diffusion_model: nn.Module) -> bool:
+        """Whether no other node has replaced it."""
+        method: Any = getattr(diffusion_model, self.name)
+        own = inspect.getfile(type(diffusion_model))
+        return self.name not in diffusion_model.__dict__ and method.__func__.__code__.co_filename == own
+
 
 @dataclass(frozen=True)
 class Family:
@@ -168,6 +175,13 @@ class Family:
         """Whether ``diffusion_model`` is of this family."""
         known = _is_one_of(diffusion_model, self.classes)
         return known and any(each.blocks(diffusion_model) for each in self.kinds)
+
+    def runs_itself(self, diffusion_model: nn.Module, blocks: Collection[nn.Module]) -> bool:
+        """Whether ``blocks`` are all of ``diffusion_model`` and no code runs between them but the host's, unless a call
+        brings some along."""
+        every = sum(len(kind.blocks(diffusion_model)) for kind in self.kinds)
+        hosts = self.shared is not None and self.shared.of(diffusion_model) and self.shared.is_hosts(diffusion_model)
+        return hosts and len(blocks) == every and not any_global_hook()
 
 
 def _is_one_of(diffusion_model: nn.Module, classes: tuple[str, ...]) -> bool:

@@ -223,9 +223,7 @@ class SplitBlocks:
             return why_not
         if self._crew is None or model is not self._model():
             return "the model is called outside of a run of its own"
-        method = getattr(diffusion_model, self._shared.name)
-        own = inspect.getfile(type(diffusion_model))
-        if self._shared.name in diffusion_model.__dict__ or method.__func__.__code__.co_filename != own:
+        if not self._shared.is_hosts(diffusion_model):
             return f"another node replaces {self._shared.name} of the model"
         foreign = [block for block in _blocks(diffusion_model) if not is_its_own(block)]
         return "another node hooks into a block or replaces its forward" if foreign else ""

@@ -1,7 +1,8 @@
-"""What Dynamo counts, which options Inductor has, and a stand-in for a device that tracing puts into a table.
+"""What Dynamo counts, which options Inductor has, whether there are hooks into every module, and a stand-in for a
+device that tracing puts into a table.
 
-Where a newer PyTorch differs, what isn't counted is not told, what Inductor has no option for is not asked, and nothing
-is put into that table.
+Where a newer PyTorch differs, what isn't counted is not told, what Inductor has no option for is not asked, there may
+be hooks, and nothing is put into that table.
 """
 
 from __future__ import annotations
@@ -28,6 +29,12 @@ def known_options(options: Mapping[str, Any]) -> dict[str, Any]:
     from torch._inductor import config
 
     return {name: value for name, value in options.items() if hasattr(config, name)}
+
+
+def any_global_hook() -> bool:
+    """Whether there may be a hook that is called around every module."""
+    asked = getattr(torch.nn.modules.module, "_has_any_global_hook", None)
+    return asked is None or asked()
 
 
 @lru_cache

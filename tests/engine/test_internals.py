@@ -177,3 +177,16 @@ def test_what_dynamo_does_not_count_is_not_told(monkeypatch, gone):
     stats = compiled.stats
     assert (stats.graphs > 1, len(stats.breaks) > 0) == (not gone, not gone)
     assert stats.recompiles == ([] if gone else ["batch size changed from 1 to 2"])
+
+
+@pytest.mark.parametrize("gone", [False, True], ids=["has", "has not"])
+def test_hooks_into_every_module_are_there_where_it_is_not_known(monkeypatch, gone):
+    assert not state.any_global_hook()
+    if gone:
+        monkeypatch.delattr(torch.nn.modules.module, "_has_any_global_hook")
+        assert state.any_global_hook()
+        return
+    handle = torch.nn.modules.module.register_module_forward_pre_hook(lambda module, inputs: None)
+    assert state.any_global_hook()
+    handle.remove()
+    assert not state.any_global_hook()

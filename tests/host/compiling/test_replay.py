@@ -13,6 +13,7 @@ from hotpath_pack.host.compiling.compile import compile_repeated_blocks
 from hotpath_pack.hotpath import graphs
 from hotpath_pack.hotpath.recorded import HELD
 from hotpath_pack.hotpath.settings import CompileSettings
+from hotpath_pack.hotpath.static import StaticInputs
 from sampling import Texts, compiled_blocks, load, sample
 
 pytestmark = [
@@ -152,3 +153,80 @@ def test_blocks_whose_weights_stayed_run_without_the_host_being_asked(model, mon
     changed = sample(fast, **RUN)
     assert not asked and not changed.equal(first)
     assert (changed - sample(model, **RUN)).abs().max() < 1e-4
+
+
+@pytest.fixture
+def deep():
+    return load(checkpoints.flux1(4, 4))
+
+
+@pytest.fixture
+def found_here(monkeypatch):
+    """Whether an input was where an earlier block of the same step had it brought, for each that was asked for."""
+    seen, own = [], StaticInputs._is_here
+
+    def asked(*args):
+        seen.append(own(*args))
+        return seen[-1]
+
+    monkeypatch.setattr(StaticInputs, "_is_here", asked)
+    return seen
+
+
+def test_what_all_blocks_read_is_brought_once_a_step(deep, recorder, found_here):
+    off, on = compiled(deep, "off"), compiled(deep)
+    for run in (RUN, dict(RUN, width=48), dict(RUN, cfg=2.0)):
+        assert torch.equal(sample(on, **run), sample(off, **run))
+    assert any(found_here)
+
+
+def that_writes(model):
+    """A patch of a block that writes over what all blocks read."""
+
+    def replace(args, extra):
+        args["vec"].mul_(1.5)
+        args["pe"].mul_(0.9)
+        return extra["original_block"](args)
+
+    patched = model.clone()
+    patched.set_model_patch_replace(replace, "dit", "double_block", 2)
+    return patched
+
+
+def with_own_forward(model):
+    """As packs do that run blocks by code of their own, which may write as much."""
+    diffusion_model, steps = model.model.diffusion_model, []
+
+    def forward(*args, **kwargs):
+        steps.append(None)
+        return type(diffusion_model).forward_orig(diffusion_model, *args, **kwargs)
+
+    model.add_object_patch("diffusion_model.forward_orig", forward)
+    return model
+
+
+def with_a_hook_into_every_module(model):
+    return model
+
+
+@pytest.mark.parametrize("change", [that_writes, with_own_forward, with_a_hook_into_every_module])
+def test_where_other_code_may_run_between_blocks_all_is_brought_for_each(deep, recorder, found_here, change):
+    model = change(deep)
+    off, on = compiled(model, "off"), compiled(model)
+    handle = None
+    if change is with_a_hook_into_every_module:
+        handle = torch.nn.modules.module.register_module_forward_pre_hook(lambda module, inputs: None)
+    try:
+        assert torch.equal(sample(on, **RUN), sample(off, **RUN))
+    finally:
+        if handle is not None:
+            handle.remove()
+    assert recorder.replays and not found_here
+
+
+def test_after_a_block_that_runs_eager_all_is_brought_anew(deep, recorder, found_here):
+    on = compile_repeated_blocks(deep, CompileSettings(), "0, 2-3", "all", "error", Texts(), "auto")
+    replays_of(on).always = True
+    off = compiled(deep, "off")
+    assert (sample(on, **RUN) - sample(off, **RUN)).abs().max() < 1e-4
+    assert recorder.replays and not found_here
