@@ -26,7 +26,7 @@ def arriving(layers: Sequence[nn.Module], device: torch.device) -> Iterator[bool
         # Other packs' parameters may have more to them than their data.
         if type(parameter) is nn.Parameter and parameter.device != device
     ]
-    stream = comfy.model_management.get_offload_stream(device) if away else None
+    stream: Any = comfy.model_management.get_offload_stream(device) if away else None
     arrived = [] if stream is None else _copied([parameter for _, _, parameter in away], device, stream)
     if not arrived:
         yield False
