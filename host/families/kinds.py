@@ -136,9 +136,9 @@ class SharedForward:
 
     def is_hosts(self, diffusion_model: nn.Module) -> bool:
         """Whether no other node has replaced it."""
-        method: Any = getattr(diffusion_model, self.name)
+        code = getattr(getattr(diffusion_model, self.name), "__code__", None)
         own = inspect.getfile(type(diffusion_model))
-        return self.name not in diffusion_model.__dict__ and method.__func__.__code__.co_filename == own
+        return self.name not in diffusion_model.__dict__ and code is not None and code.co_filename == own
 
 
 @dataclass(frozen=True)
