@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import importlib
 import os
-from contextlib import suppress
 
 import torch
 from torch.utils._triton import has_triton_package
 
 from .toolchain import variable
 
-# The workers answer after about three; without them kernels are compiled one by one.
-_LONGEST_SECONDS = 15
 # PyTorch hands few of its options to the workers, and not the one by which kernels of this pack are launched as
 # Inductor's own.
 _LAUNCHES_OURS = "TORCHINDUCTOR_STATIC_LAUNCH_USER_DEFINED_TRITON_KERNELS"
@@ -29,7 +26,8 @@ def start_workers(device: torch.device) -> None:
 
 
 def start_compiler(device: torch.device) -> None:
-    """Import, start and compute what the first compilation for ``device`` in a process would, and wait for it.
+    """Import, start and compute what the first compilation for ``device`` in a process would. Its workers answer some
+    seconds later, in which it traces.
 
     Raises what a part of it raises: compiling then tells it better.
     """
@@ -42,9 +40,6 @@ def start_compiler(device: torch.device) -> None:
     if device.type != "cuda" or not has_triton_package():
         return
     import triton
-    from torch._inductor.async_compile import AsyncCompile
 
     # A module that Triton builds by the C compiler at its first use.
     _ = triton.runtime.driver.active.utils
-    with suppress(TimeoutError):
-        AsyncCompile.wait_pool_ready(_LONGEST_SECONDS)
