@@ -11,13 +11,18 @@ import torch
 from torch import nn
 
 
+def affords(device: torch.device, size: int) -> bool:
+    """Whether the host would find so many bytes free, beside what it leaves to others."""
+    return comfy.model_management.get_free_memory(device) - comfy.model_management.extra_reserved_memory() >= size
+
+
 @contextmanager
 def arriving(layers: Sequence[nn.Module], device: torch.device) -> Iterator[bool]:
     """A scope in which the weights of ``layers`` are on ``device``; whether any of them are there for its length alone.
 
     They are copied on a stream of the host's, as its own layers have theirs copied, and all of the scope's at once, so
     that those of one block arrive while the block before it computes. Where the host has no such stream, or the device
-    no memory for two blocks, they are left where they are.
+    no memory for both, they are left where they are.
     """
     away = [
         (layer, name, parameter)
@@ -26,7 +31,8 @@ def arriving(layers: Sequence[nn.Module], device: torch.device) -> Iterator[bool
         # Other packs' parameters may have more to them than their data.
         if type(parameter) is nn.Parameter and parameter.device != device
     ]
-    stream: Any = comfy.model_management.get_offload_stream(device) if away else None
+    fits = away and affords(device, sum(parameter.nbytes for _, _, parameter in away))
+    stream: Any = comfy.model_management.get_offload_stream(device) if fits else None
     arrived = [] if stream is None else _copied([parameter for _, _, parameter in away], device, stream)
     if not arrived:
         yield False

@@ -43,6 +43,7 @@ def side(monkeypatch):
     stream = Stream()
     monkeypatch.setattr(comfy.model_management, "get_offload_stream", lambda device: stream)
     monkeypatch.setattr(comfy.model_management, "current_stream", lambda device: Compute(stream))
+    monkeypatch.setattr(comfy.model_management, "get_free_memory", lambda device: 2**30)
     return stream
 
 
@@ -73,20 +74,26 @@ def test_what_fails_within_leaves_them_as_they_were(side):
     assert away.weight is weight and side.events[-1] == "waits for compute"
 
 
-def test_without_memory_for_them_they_stay(side, monkeypatch):
+@pytest.mark.parametrize("known", [True, False], ids=["known before", "not known before"])
+def test_without_memory_for_them_they_stay(side, monkeypatch, known):
     away, _ = layers()
-    weight = away.weight
+    weight, tried = away.weight, []
 
     def full(*args, **kwargs):
+        tried.append(None)
         raise torch.OutOfMemoryError
 
     monkeypatch.setattr(comfy.model_management, "cast_to", full)
+    if known:
+        monkeypatch.setattr(comfy.model_management, "get_free_memory", lambda device: 2**20)
     with arriving([away], DEVICE) as for_now:
         assert not for_now and away.weight is weight
+    assert len(tried) == (0 if known else 1)
 
 
-def test_without_a_stream_they_stay():
+def test_without_a_stream_they_stay(side, monkeypatch):
     """As with the host's --disable-async-offload."""
+    monkeypatch.setattr(comfy.model_management, "get_offload_stream", lambda device: None)
     away, there = layers()
     weight = away.weight
     with arriving([away, there], DEVICE) as for_now:
