@@ -87,15 +87,11 @@ def _need_triton() -> dict[str, list[str]]:
     from torch._inductor.codecache import PyCodeCache
     from torch._inductor.runtime.triton_heuristics import CachingAutotuner, StaticTritonCompileResult
 
-    kernels = [
-        (name, value)
-        for module in PyCodeCache.modules
-        for name, value in vars(module).items()
-        if isinstance(value, CachingAutotuner) and not value.is_statically_launchable()
-    ]
     return {
         name: [str(each.config) for each in kernel.compile_results if not isinstance(each, StaticTritonCompileResult)]
-        for name, kernel in kernels
+        for module in PyCodeCache.modules
+        for name, kernel in vars(module).items()
+        if isinstance(kernel, CachingAutotuner) and not kernel.is_statically_launchable()
     }
 
 

@@ -20,7 +20,7 @@ _WHOLE = (
     ("triton/backends/nvidia/driver.py", ("__init__",), "Triton's driver"),
     ("triton_heuristics.py", ("benchmark_all_configs", "autotune_to_one_config", "bench"), "kernels timed"),
     ("_inductor/async_compile.py", ("wait", "_wait_futures"), "kernels waited for"),
-    ("_inductor/async_compile.py", ("warm_pool", "wakeup", "process_pool", "wait_pool_ready"), "pool of workers"),
+    ("_inductor/async_compile.py", ("warm_pool", "wakeup", "process_pool"), "pool of workers"),
     ("_inductor/async_compile.py", ("triton",), "kernels compiled here, one by one"),
     ("_inductor/codecache.py", ("torch_key",), "hashing of PyTorch and Triton"),
     ("triton/runtime/cache.py", ("triton_key",), "hashing of PyTorch and Triton"),

@@ -11,18 +11,18 @@ from .first_run import waits_for_others
 
 
 class Stretches:
-    """Those of one call: one goes on from block to block for as long as ``goes_on`` is told that it does."""
+    """Those of one call, of which ``now`` stands for the one that goes on; None where none does."""
 
     def __init__(self) -> None:
-        self._now: object = None
+        self.now: object = None
 
     def goes_on(self, alone: bool) -> None:
         """A block is about to run. ``alone``: no code has run but the host's since the block before, whose own was all
         traced, and none will within this one."""
         if not alone:
-            self._now = None
-        elif self._now is None:
-            self._now = object()
+            self.now = None
+        elif self.now is None:
+            self.now = object()
 
     @contextmanager
     def of_this_thread(self) -> Iterator[None]:
@@ -33,10 +33,6 @@ class Stretches:
             yield
         finally:
             _current.stretches = before
-
-    @property
-    def now(self) -> object:
-        return self._now
 
 
 class _Current(threading.local):

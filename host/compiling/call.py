@@ -11,6 +11,7 @@ from ...hotpath.attention import Attend
 from ...hotpath.compiled import Region
 from ...hotpath.stretch import Stretches
 from ..families import family_of
+from ..families.attention import has_patches
 from ..families.kinds import BlockKind
 from ..telling.accounting import CallAccount
 from .replay import Replayed
@@ -33,5 +34,4 @@ class Call:
 
     def enter(self, attend: Attend | None, options: Mapping[str, Any]) -> None:
         """A block is about to run, with attention by ``attend`` and under these options of the host."""
-        others = any(options.get("patches", {}).values()) or options.get("patches_replace", {}).get("dit")
-        self.stretches.goes_on(self._hosts and attend is None and not others)
+        self.stretches.goes_on(self._hosts and attend is None and not has_patches(options))

@@ -277,11 +277,11 @@ class CompiledBlocks(Ledger):
             replay = functools.partial(self.replays.run, call.graphs, kind.name, index, plan, layers, attend)
             scope.enter_context(nullcontext() if attend is None else attention_scope(attend))
             if known is not None:
-                out = replay(False, known.graph, known.weights, taken, known.addresses)
+                out = replay(streamed, known.graph, known.weights, taken, known.addresses)
                 call.account.ran_compiled(kind.name, index)
                 return out
             with GettingCode(f"{kind.name} block"):
-                streamed = bool(scope.enter_context(in_place(layers, activation))) or streamed
+                streamed |= scope.enter_context(in_place(layers, activation))
                 weights = block_weights(layers, activation)
                 like = plan.key, *way
                 region = call.regions.get(like)

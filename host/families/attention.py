@@ -33,6 +33,11 @@ _SIZES = "sizes"
 _CHOOSE = getattr(ModelPatcher, "set_model_optimized_attention", None)
 
 
+def has_patches(options: Mapping[str, Any]) -> bool:
+    """Whether these options bring code of other nodes that runs between blocks, in their place, or within them."""
+    return any(options.get("patches", {}).values()) or bool(options.get("patches_replace", {}).get("dit"))
+
+
 def is_overridden(options: Mapping[str, Any]) -> bool:
     """Whether attention under these options may compute anything else than the host's by default.
 

@@ -19,7 +19,7 @@ from ...hotpath.sizes import as_size, from_size, span_within
 from ...hotpath.template import NotHoistable
 from ...hotpath.values import plainly_strided
 from ..layers.containers import preferred_attention
-from .attention import is_overridden, patched_before, shared_attention, skipped
+from .attention import has_patches, is_overridden, patched_before, shared_attention, skipped
 from .kinds import BlockKind, Family, Interface, SharedForward, random_tensor
 
 _STREAMS = {"img", "txt", "x"}
@@ -220,7 +220,7 @@ def conditioning(diffusion_model: Any, tokens: int) -> tuple[Tensor, dict[str, A
 
 def refuse_shares(arguments: Mapping[str, Any], options: Mapping[str, Any]) -> str:
     """Why ``forward_orig`` can't run on shares of these tokens; empty where it can."""
-    if any(options.get("patches", {}).values()) or options.get("patches_replace", {}).get("dit"):
+    if has_patches(options):
         return "a patch of another node reads the tokens of the whole image"
     if "optimized_attention_override" in options:
         return "another node puts an attention of its own in place of the host's"

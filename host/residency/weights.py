@@ -111,7 +111,7 @@ Layers = Sequence[tuple[str, nn.Module, Hashable]]
 """Layers of a block that hold weights: path, layer, and its state as ``layer_states`` tells it."""
 
 
-def in_place(layers: Layers, like: Tensor) -> AbstractContextManager[bool | None]:
+def in_place(layers: Layers, like: Tensor) -> AbstractContextManager[bool]:
     """A scope in which the ``block_weights`` of ``layers`` stay valid on ``like``'s device; whether any of them are
     there for its length alone.
 
@@ -119,14 +119,14 @@ def in_place(layers: Layers, like: Tensor) -> AbstractContextManager[bool | None
         NotHoistable: the host computes with them in another way in this very call.
     """
     if like.is_cpu:
-        return nullcontext()
+        return nullcontext(False)
     for _, layer, state in layers:
         refuse_arriving(layer, state)
     dynamic = [layer for _, layer, _ in layers if "_v" in layer.__dict__]
     if not dynamic:
         return arriving([layer for _, layer, _ in layers], like.device)
     missing = [layer for layer in dynamic if "_prefetch" not in layer.__dict__]
-    return _faulted_in(missing, like.device) if missing else nullcontext()
+    return _faulted_in(missing, like.device) if missing else nullcontext(False)
 
 
 def block_weights(layers: Layers, like: Tensor) -> dict[str, Tensor]:
@@ -165,7 +165,7 @@ def block_weights(layers: Layers, like: Tensor) -> dict[str, Tensor]:
 
 
 @contextmanager
-def _faulted_in(layers: Sequence[nn.Module], device: torch.device) -> Iterator[None]:
+def _faulted_in(layers: Sequence[nn.Module], device: torch.device) -> Iterator[bool]:
     """Keep the dynamic VRAM weights of a whole block in place until the block has run.
 
     Casting layer by layer would let the host reuse one layer's cast buffer for the next, since in eager mode a
@@ -175,7 +175,7 @@ def _faulted_in(layers: Sequence[nn.Module], device: torch.device) -> Iterator[N
     comfy.model_prefetch.PREFETCH_QUEUES.append(queue)
     comfy.model_prefetch.prefetch_queue_pop(queue, device, None)
     try:
-        yield
+        yield False
     finally:
         comfy.model_prefetch.prefetch_queue_pop(queue, device, None)
         comfy.model_prefetch.PREFETCH_QUEUES.remove(queue)

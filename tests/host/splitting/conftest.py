@@ -1,16 +1,15 @@
 import functools
 
-import comfy.model_management
 import comfy.sd
 import pytest
 from hotpath_pack.devtools import checkpoints
+from hotpath_pack.devtools.gpu_host import imitated_devices
 from shared_out import DEVICES, MODELS
 
 
 @pytest.fixture(scope="module")
 def devices():
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(comfy.model_management, "get_all_torch_devices", lambda exclude_current=False: DEVICES)
+    with imitated_devices(len(DEVICES)):
         yield
 
 
