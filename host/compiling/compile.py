@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import logging
 import weakref
 from collections.abc import Callable, Collection, Hashable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -28,12 +27,13 @@ from ..families import require_family, selected_blocks
 from ..families.kinds import BlockKind
 from ..model_call import ModelCall
 from ..models import WHOLE_MODEL, compiled_by_another, is_compiled, require_model
+from ..residency.arriving import Arrivals
 from ..residency.weights import block_weights, in_place
 from ..telling.accounting import Route, block_name, routed, untouched
 from ..telling.ledger import Ledger
 from ..telling.progress import NodeText
 from .artifacts import kept_region, require_kept, unsupported
-from .boundary import GettingCode
+from .boundary import GettingCode, MemoryMayEnd
 from .call import Call
 from .hosts_compiler import hosts_compiler_off
 from .known import KnownBlocks
@@ -42,12 +42,9 @@ from .replay import NOT_AHEAD, Replays, unsafe_weights
 from .warming import Arguments, Example
 from .when import LATER, When, check_machine
 
-log = logging.getLogger(__name__)
-
 WRAPPER_KEY = "hotpath_compile"
 _WHOLE = "another node compiles the whole model; remove one of the two"
 _SINGLE = "another node compiles this block by itself; remove one of the two"
-_Blocks = dict[str, list[weakref.ref[nn.Module]]]
 REGIONS = RegionStore(capacity=64)
 # What each compile node last made, by node id.
 LATEST: weakref.WeakValueDictionary[str | None, CompiledBlocks] = weakref.WeakValueDictionary()
@@ -98,7 +95,7 @@ def compile_repeated_blocks(
     callbacks = {
         CallbacksMP.ON_PRE_RUN: blocks.start,
         CallbacksMP.ON_CLEANUP: blocks.replays.end,
-        CallbacksMP.ON_DETACH: blocks.replays.unload,
+        CallbacksMP.ON_DETACH: blocks.unload,
     }
     for event, callback in callbacks.items():
         compiled.remove_callbacks_with_key(event, WRAPPER_KEY)
@@ -139,7 +136,8 @@ class CompiledBlocks(Ledger):
         self._failed: dict[Hashable, str] = {}
         self.plans = Plans(fuses=settings.backend == "inductor")
         self._known = KnownBlocks()
-        self._blocks: weakref.WeakKeyDictionary[nn.Module, _Blocks] = weakref.WeakKeyDictionary()
+        self._arrivals = Arrivals()
+        self._blocks: weakref.WeakKeyDictionary[nn.Module, dict[str, list[Any]]] = weakref.WeakKeyDictionary()
         self.when = When(when)
         if earlier := LATEST.get(text.node_id):
             earlier.when.cancel()
@@ -152,9 +150,15 @@ class CompiledBlocks(Ledger):
         self.replays.start(patcher)
         self.when.begin_run()
         diffusion_model: Any = patcher.model.diffusion_model
-        self._blocks[diffusion_model] = {
-            kind.name: [weakref.ref(block) for block in kind.blocks(diffusion_model)] for kind in self.selected
-        }
+        blocks = {kind.name: kind.blocks(diffusion_model) for kind in self.selected}
+        self._blocks[diffusion_model] = {name: [weakref.ref(it) for it in each] for name, each in blocks.items()}
+        self._arrivals.start(patcher, [it for each in blocks.values() for it in each])
+
+    def unload(self, patcher: ModelPatcher, unpatch_all: bool) -> None:
+        """The host unloads the model, for good when ``unpatch_all``, and wants memory for another."""
+        if unpatch_all:
+            self.replays.drop()
+            self._arrivals.drop(patcher.load_device)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """A wrapper of the host's ``apply_model``; arguments are passed on as they are, conditioning on the device."""
@@ -281,7 +285,10 @@ class CompiledBlocks(Ledger):
                 call.account.ran_compiled(kind.name, index)
                 return out
             with GettingCode(f"{kind.name} block"):
-                streamed |= scope.enter_context(in_place(layers, activation))
+                streamed |= (arrived := scope.enter_context(in_place(layers, activation, self._arrivals.arriving)))
+                # What other packs' attention did can't be done twice.
+                if arrived and attend is None and self.on_failure == "eager":
+                    scope.enter_context(MemoryMayEnd(taken))
                 weights = block_weights(layers, activation)
                 like = plan.key, *way
                 region = call.regions.get(like)
@@ -382,10 +389,9 @@ class CompiledBlocks(Ledger):
             raise
 
     def _announce(self, region: Region) -> None:
-        number, expected = len(self.regions) + 1, self.plans.structures()
-        done, place = f" ({number}/{max(number, expected)})", f" ({number} of {max(number, expected)})"
-        if region.compiled:
-            done = place = " again"
+        number = len(self.regions) + 1
+        total = max(number, self.plans.structures())
+        done, place = 2 * (" again",) if region.compiled else (f" ({number}/{total})", f" ({number} of {total})")
         self.text.show(f"compiling {region.name} region{done} ...", "compiling", region=f"{region.name}{place}")
 
     def _note_eager(self, call: Call, kind: BlockKind, index: int, reason: str, entered: bool = True) -> None:

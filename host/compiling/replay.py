@@ -175,11 +175,10 @@ class Replays:
             if recordings is not None and recordings.bytes > _SPARE * comfy.model_management.get_free_memory(device):
                 recordings.drop()
 
-    def unload(self, patcher: ModelPatcher, unpatch_all: bool) -> None:
-        """The host unloads the model, for good when ``unpatch_all``, and wants memory for another."""
-        if unpatch_all:
-            for recordings in self._own():
-                recordings.drop()
+    def drop(self) -> None:
+        """The host unloads the model, and wants memory for another."""
+        for recordings in self._own():
+            recordings.drop()
 
     @property
     def bytes(self) -> int:

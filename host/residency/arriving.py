@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import comfy.model_management
 import torch
+from comfy.model_patcher import ModelPatcher
 from torch import nn
+
+from ...hotpath.stream import CopyEngine, copy_engine
+from ..layers.gguf import take_patches
+from .offload import LeavesOut
+from .pieces import Piece, flat, pieces_of, placed, within
+
+_PLACES = 2
 
 
 def affords(device: torch.device, size: int) -> bool:
@@ -16,46 +24,90 @@ def affords(device: torch.device, size: int) -> bool:
     return comfy.model_management.get_free_memory(device) - comfy.model_management.extra_reserved_memory() >= size
 
 
-@contextmanager
-def arriving(layers: Sequence[nn.Module], device: torch.device) -> Iterator[bool]:
-    """A scope in which the weights of ``layers`` are on ``device``; whether any of them are there for its length alone.
+class Arrivals:
+    """Memory of the devices in which the weights of a block arrive while the block before it computes.
 
-    They are copied on a stream of the host's, as its own layers have theirs copied, and all of the scope's at once, so
-    that those of one block arrive while the block before it computes. Where the host has no such stream, or the device
-    no memory for both, they are left where they are.
+    The host leaves free what activations take. So it is had to leave more of the model in RAM, once: the memory stays
+    until the model is unloaded, or loaded as a whole.
     """
-    away = [
-        (layer, name, parameter)
-        for layer in layers
-        for name, parameter in layer._parameters.items()
-        # Other packs' parameters may have more to them than their data.
-        if type(parameter) is nn.Parameter and parameter.device != device
-    ]
-    fits = away and affords(device, sum(parameter.nbytes for _, _, parameter in away))
-    stream: Any = comfy.model_management.get_offload_stream(device) if fits else None
-    arrived = [] if stream is None else _copied([parameter for _, _, parameter in away], device, stream)
-    if not arrived:
-        yield False
-        return
-    try:
-        comfy.model_management.sync_stream(device, stream)
-        for (layer, name, _), parameter in zip(away, arrived, strict=True):
-            layer._parameters[name] = parameter
-        yield True
-    finally:
-        for layer, name, parameter in away:
-            layer._parameters[name] = parameter
-        # Their memory is the stream's, which may copy other weights there once it is free.
-        stream.wait_stream(comfy.model_management.current_stream(device))
+
+    def __init__(self) -> None:
+        self._landings: dict[torch.device, _Landing] = {}
+
+    def start(self, patcher: ModelPatcher, blocks: Sequence[nn.Module]) -> None:
+        """The model of ``patcher`` is loaded, and ``arriving`` will be asked for the layers of these ``blocks``."""
+        device = patcher.load_device
+        # Blocks that Offload streams are there when they run. Without streams of the host's none are wanted.
+        if patcher.is_dynamic() or isinstance(patcher, LeavesOut) or not comfy.model_management.NUM_STREAMS:
+            return
+        landing, size = self._landings.pop(device, None), _most_away(blocks, device)
+        if not size:
+            return
+        if landing is None or landing.size < size:
+            patcher.partially_unload(patcher.offload_device, _PLACES * (size - (landing.size if landing else 0)))
+            del landing
+            try:
+                landing = _Landing(copy_engine(device), device, _most_away(blocks, device))
+            except torch.OutOfMemoryError:
+                return
+        self._landings[device] = landing
+
+    def drop(self, device: torch.device) -> None:
+        """The model is unloaded from ``device``."""
+        self._landings.pop(device, None)
+
+    @contextmanager
+    def arriving(self, layers: Sequence[nn.Module], device: torch.device) -> Iterator[bool]:
+        """A scope in which the weights of ``layers`` are on ``device``, but those for which there is no memory; whether
+        any of them are there for its length alone."""
+        landing = self._landings.get(device)
+        pieces = landing.fitting(layers, device) if landing else []
+        if landing is None or not pieces:
+            yield False
+            return
+        with landing.holding(pieces) as arrived:
+            try:
+                for piece, parameter in zip(pieces, arrived, strict=True):
+                    take_patches(parameter, piece.parameter)
+                    piece.layer._parameters[piece.name] = parameter
+                yield True
+            finally:
+                for piece in pieces:
+                    piece.layer._parameters[piece.name] = piece.parameter
 
 
-def _copied(parameters: Sequence[nn.Parameter], device: torch.device, stream: Any) -> list[nn.Parameter]:
-    """Copies of ``parameters``; none of them where there is no memory for all."""
-    non_blocking = comfy.model_management.device_supports_non_blocking(device)
-    try:
-        return [
-            nn.Parameter(comfy.model_management.cast_to(each, None, device, non_blocking, stream=stream), False)
-            for each in parameters
-        ]
-    except torch.OutOfMemoryError:
-        return []
+class _Landing:
+    """Places of ``size`` bytes each, for one block and the next in turn."""
+
+    def __init__(self, engine: CopyEngine, device: torch.device, size: int) -> None:
+        self.size = size
+        self._engine = engine
+        # Written in and out of inference mode.
+        with torch.inference_mode(False):
+            self._places = [torch.empty(size, dtype=torch.uint8, device=device) for _ in range(_PLACES)]
+        # The compute that may still read a place. A new one's memory may have had another use, too.
+        self._last_use: list[Any] = [engine.mark()] * _PLACES
+        self._turn = 0
+
+    def fitting(self, layers: Iterable[nn.Module], device: torch.device) -> list[Piece]:
+        """Those parameters of ``layers`` that are not on ``device`` and have room in a place, in their order."""
+        pieces, _ = pieces_of(layers, there=device)
+        return [piece for piece in pieces if piece.offsets[-1] + piece.tensors[-1].nbytes <= self.size]
+
+    @contextmanager
+    def holding(self, pieces: Sequence[Piece]) -> Iterator[list[nn.Parameter]]:
+        """Their copies in a place, for the compute that is queued within the scope."""
+        turn = self._turn = (self._turn + 1) % _PLACES
+        place = self._places[turn]
+        targets = [place[offset : offset + tensor.nbytes] for tensor, offset in placed(pieces)]
+        sources = [flat(tensor) for tensor, _ in placed(pieces)]
+        self._engine.wait(self._engine.copy(sources, targets, self._last_use[turn]))
+        try:
+            yield [within(place, piece) for piece in pieces]
+        finally:
+            self._last_use[turn] = self._engine.mark()
+
+
+def _most_away(blocks: Iterable[nn.Module], device: torch.device) -> int:
+    """Bytes of the weights that are not on ``device``, of the block that has the most."""
+    return max((pieces_of(block.modules(), there=device)[1] for block in blocks), default=0)

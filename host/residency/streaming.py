@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import comfy.model_management
 import torch
@@ -17,14 +17,15 @@ from comfy.model_patcher import ModelPatcher
 from comfy.quant_ops import QuantizedTensor
 from torch import Tensor, nn
 
-from ...hotpath.stream import ALIGNMENT, Stream, copy_engine
+from ...hotpath.stream import Stream, copy_engine
 from ...hotpath.template import Around
 from ..families import named_blocks, named_modulations
-from ..layers.gguf import moved, plain, take_patches
+from ..layers.gguf import take_patches
 from ..model_call import ModelCall
 from ..models import why_untouched
 from ..telling.progress import PartText
 from .budget import GIB
+from .pieces import Piece, flat, pieces_of, placed, within
 
 log = logging.getLogger(__name__)
 
@@ -43,68 +44,6 @@ def streamable_layers(diffusion_model: nn.Module, ahead: bool) -> dict[str, dict
     return found
 
 
-class _Piece(NamedTuple):
-    """A tensor of a layer's parameter, and where it lies in a slot."""
-
-    layer: Any
-    name: str
-    parameter: nn.Parameter
-    tensors: list[Tensor]
-    offsets: list[int]
-
-
-def _tensors(parameter: Tensor) -> list[Tensor]:
-    if isinstance(parameter, QuantizedTensor):
-        names, _ = parameter.__tensor_flatten__()
-        return [getattr(parameter, name) for name in names]
-    return [plain(parameter.data)]
-
-
-def _pieces(layers: Sequence[Any]) -> tuple[list[_Piece], int]:
-    """The parameters of ``layers`` as they are now, and how many bytes a slot needs for them."""
-    pieces, offset = [], 0
-    for layer in layers:
-        for name, parameter in layer._parameters.items():
-            if parameter is None:
-                continue
-            tensors, offsets = _tensors(parameter), []
-            for tensor in tensors:
-                offsets.append(offset)
-                offset += -(-tensor.nbytes // ALIGNMENT) * ALIGNMENT
-            pieces.append(_Piece(layer, name, parameter, tensors, offsets))
-    return pieces, offset
-
-
-def _placed(pieces: Sequence[_Piece]) -> Iterator[tuple[Tensor, int]]:
-    """The tensors of ``pieces``, each with its offset in a slot."""
-    for piece in pieces:
-        yield from zip(piece.tensors, piece.offsets, strict=True)
-
-
-def _flat(tensor: Tensor) -> Tensor:
-    return tensor.data.contiguous().reshape(-1).view(torch.uint8)
-
-
-def _within(buffer: Tensor, piece: _Piece) -> nn.Parameter:
-    """The parameter of ``piece`` whose bytes are in ``buffer``."""
-    views = [
-        buffer[offset : offset + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
-        for tensor, offset in _placed([piece])
-    ]
-    value = views[0]
-    if isinstance(piece.parameter, QuantizedTensor):
-        names, context = piece.parameter.__tensor_flatten__()
-        inner = dict(zip(names, views, strict=True))
-        shape, stride = piece.parameter.shape, piece.parameter.stride()
-        # As the host has them, which could not move it otherwise.
-        with torch.inference_mode():
-            value = type(piece.parameter).__tensor_unflatten__(inner, context, shape, stride)
-            return nn.Parameter(value, requires_grad=False)
-    if type(piece.parameter) is not nn.Parameter:
-        return moved(piece.parameter, value)
-    return nn.Parameter(value, requires_grad=False)
-
-
 class PinnedCopies:
     """Weights of blocks in one pinned buffer a block, so that each is one quick copy; the layers' own parameters become
     views of it, bit by bit what they were, so that nothing is in RAM twice."""
@@ -115,7 +54,7 @@ class PinnedCopies:
 
     def hold(self, path: str, layers: Sequence[Any]) -> None:
         """Pin the weights of ``layers``, which are in RAM, unless they are or the host can't pin any more."""
-        pieces, size = _pieces(layers)
+        pieces, size = pieces_of(layers)
         on_cpu = all(tensor.device.type == "cpu" for piece in pieces for tensor in piece.tensors)
         if not pieces or not on_cpu or self.buffer(path, pieces) is not None:
             return
@@ -128,18 +67,18 @@ class PinnedCopies:
         elif not comfy.model_management.is_device_cpu(comfy.model_management.get_torch_device()):
             return
         self._buffers[path] = buffer
-        for tensor, offset in _placed(pieces):
-            buffer[offset : offset + tensor.nbytes].copy_(_flat(tensor))
+        for tensor, offset in placed(pieces):
+            buffer[offset : offset + tensor.nbytes].copy_(flat(tensor))
         for piece in pieces:
-            piece.layer._parameters[piece.name] = _within(buffer, piece)
+            piece.layer._parameters[piece.name] = within(buffer, piece)
 
-    def buffer(self, path: str, pieces: Sequence[_Piece]) -> Tensor | None:
+    def buffer(self, path: str, pieces: Sequence[Piece]) -> Tensor | None:
         """The pinned buffer in which ``pieces`` are; None when some are elsewhere now."""
         buffer = self._buffers.get(path)
         if buffer is None:
             return None
         start = buffer.data_ptr()
-        inside = all(tensor.data_ptr() == start + offset for tensor, offset in _placed(pieces))
+        inside = all(tensor.data_ptr() == start + offset for tensor, offset in placed(pieces))
         return buffer if inside else None
 
     def release(self) -> None:
@@ -182,7 +121,7 @@ def _sources(
     pinned: PinnedCopies, paths: Sequence[str], layers: Sequence[Sequence[Any]], slot_size: int, index: int
 ) -> list[tuple[Tensor, int]]:
     """What to copy into a slot for the block of ``paths`` and ``layers`` at ``index``."""
-    pieces, size = _pieces(layers[index])
+    pieces, size = pieces_of(layers[index])
     buffer = pinned.buffer(paths[index], pieces)
     if size > slot_size:
         raise RuntimeError(
@@ -191,7 +130,7 @@ def _sources(
         )
     if buffer is not None:
         return [(buffer[:size], 0)]
-    return [(_flat(tensor), offset) for tensor, offset in _placed(pieces)]
+    return [(flat(tensor), offset) for tensor, offset in placed(pieces)]
 
 
 class StreamedBlocks:
@@ -314,8 +253,8 @@ class _Run:
         self._blocks = [blocks[path] for path in residency.streamed]
         self._named = [layers[path] for path in residency.streamed]
         self._layers = [list(each.values()) for each in self._named]
-        size = max(_pieces(layers)[1] for layers in self._layers)
-        self._views: dict[tuple[int, int], list[tuple[_Piece, nn.Parameter]]] = {}
+        size = max(pieces_of(layers)[1] for layers in self._layers)
+        self._views: dict[tuple[int, int], list[tuple[Piece, nn.Parameter]]] = {}
         order = range(len(self._blocks))
         sources = partial(_sources, pinned_copies(model), residency.streamed, self._layers, size)
         self.stream = Stream(copy_engine(device), device, size, order, prefetch_blocks, sources)
@@ -374,10 +313,10 @@ class _Run:
                 self.stream.drain()
                 self._views.clear()
 
-    def _in_slot(self, index: int, slot: int) -> list[tuple[_Piece, nn.Parameter]]:
+    def _in_slot(self, index: int, slot: int) -> list[tuple[Piece, nn.Parameter]]:
         views = self._views.get((index, slot))
         if views is None:
             buffer = self.stream.slots[slot]
-            views = [(piece, _within(buffer, piece)) for piece in _pieces(self._layers[index])[0]]
+            views = [(piece, within(buffer, piece)) for piece in pieces_of(self._layers[index])[0]]
             self._views[index, slot] = views
         return views

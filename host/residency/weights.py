@@ -31,7 +31,6 @@ from ..layers.quantized import (
     refuse_arriving,
     state_in_use,
 )
-from .arriving import arriving
 
 # The state of a mixed precision Linear that computes in no quantized format.
 _CAST = "cast"
@@ -111,7 +110,11 @@ Layers = Sequence[tuple[str, nn.Module, Hashable]]
 """Layers of a block that hold weights: path, layer, and its state as ``layer_states`` tells it."""
 
 
-def in_place(layers: Layers, like: Tensor) -> AbstractContextManager[bool]:
+Arriving = Callable[[Sequence[nn.Module], torch.device], AbstractContextManager[bool]]
+"""Brings weights of layers that the host left in RAM to a device; see ``arriving.Arrivals``."""
+
+
+def in_place(layers: Layers, like: Tensor, arriving: Arriving) -> AbstractContextManager[bool]:
     """A scope in which the ``block_weights`` of ``layers`` stay valid on ``like``'s device; whether any of them are
     there for its length alone.
 

@@ -75,7 +75,7 @@ def test_the_same_bits_whatever_moves_between(dynamic, format):
         lambda model: unload(),
         unload_in_part,
         lambda model: comfy.model_management.soft_empty_cache(),
-        lambda model: replays_of(model).unload(model, True),
+        lambda model: replays_of(model).drop(),
         lambda model: None,
     )
     # The first run of all may differ from those after it, in the host itself.

@@ -2,6 +2,7 @@
 the host's own computation raises passes through."""
 
 import logging
+from contextlib import nullcontext
 
 import comfy.model_management
 import pytest
@@ -138,6 +139,31 @@ def test_memory_that_runs_out_within_a_step_passes_through(flux, on_failure):
         finally:
             FAILING.error = None
         assert_parity(flux, fast)
+
+
+@pytest.mark.parametrize("on_failure", ["eager", "error"])
+def test_where_weights_only_arrive_a_block_without_memory_runs_a_layer_at_a_time(flux, monkeypatch, on_failure):
+    """It may have updated its inputs by half."""
+    want = sample(flux)
+    fast = compiled(flux, backend="hotpath_failing", on_failure=on_failure)
+    assert_parity(flux, fast)
+    monkeypatch.setattr(host_compile, "in_place", lambda *_: nullcontext(True))
+    for _ in range(2):
+        FAILING.error = torch.OutOfMemoryError("CUDA out of memory")
+        try:
+            if on_failure == "eager":
+                assert torch.equal(sample(fast), want)
+                told = compiled_blocks(fast).account
+                assert told.counts["eager"] == 5 and set(told.eager) == {
+                    "the GPU has no memory left to run it compiled"
+                }
+            else:
+                with pytest.raises(torch.OutOfMemoryError, match="^CUDA out of memory$"):
+                    sample(fast)
+        finally:
+            FAILING.error = None
+        assert_parity(flux, fast)
+        assert compiled_blocks(fast).account.counts["compiled"] == 5, "the next run can"
 
 
 class Raising:

@@ -105,7 +105,7 @@ def test_replays_are_the_bits_of_the_same_regions_unrecorded(model, weights, rec
 
     choose = random.Random(0)
     for _ in range(12):
-        action = choose.choice([move, lambda model: replays_of(on).unload(model, True), lambda model: None])
+        action = choose.choice([move, lambda model: replays_of(on).drop(), lambda model: None])
         action(model)
         side, run = choose.choice([(on, off), (patched_on, patched_off)]), choose.choice(runs)
         assert torch.equal(*(sample(which, **run) for which in side))

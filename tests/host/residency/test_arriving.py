@@ -1,102 +1,161 @@
-"""Weights that the host left in RAM without dynamic VRAM: on the device for the length of a block, by a stream that
-gives their memory to nobody before the block is done. Devices and streams are imitated; tests/gpu has real ones."""
-
-from contextlib import nullcontext
+"""Weights that the host left in RAM without dynamic VRAM: on the device for the length of a block, in memory that the
+host was had to leave free. Devices and what copies are imitated; tests/gpu has real ones."""
 
 import comfy.model_management
 import comfy.ops
 import pytest
 import torch
-from hotpath_pack.host.residency.arriving import arriving
+from comfy.quant_ops import QuantizedTensor
+from hotpath_pack.host.residency import arriving
+from hotpath_pack.host.residency.arriving import Arrivals
+from hotpath_pack.hotpath.stream import ALIGNMENT
 
 DEVICE = torch.device("meta")
 
 
-class Stream:
-    """A side stream that notes what waits for what."""
+class Engine:
+    """Notes what waits for what."""
 
     def __init__(self):
         self.events = []
 
-    def as_context(self, stream):
-        self.events.append("copies")
-        return nullcontext()
+    def copy(self, sources, targets, after):
+        assert all(source.nbytes == target.nbytes for source, target in zip(sources, targets, strict=True))
+        self.events.append(f"{len(sources)} after {after}")
+        return len(self.events)
 
-    def wait_stream(self, other):
-        self.events.append(f"waits for {other}")
+    def wait(self, arrival):
+        assert arrival == len(self.events)
+
+    def mark(self):
+        return f"use {len(self.events)}"
 
 
-class Compute:
-    def __init__(self, side):
-        self.side = side
+class Patcher:
+    """The host's, of a MODEL on a card without dynamic VRAM; ``unloads`` are weights that it then leaves in RAM."""
 
-    def wait_stream(self, other):
-        assert other is self.side
-        self.side.events.append("is waited for")
+    load_device, offload_device = DEVICE, torch.device("cpu")
 
-    def __str__(self):
-        return "compute"
+    def __init__(self, dynamic=False):
+        self.dynamic, self.asked, self.unloads = dynamic, [], []
+
+    def is_dynamic(self):
+        return self.dynamic
+
+    def partially_unload(self, device, size):
+        self.asked.append(size)
+        for layer, weight in self.unloads:
+            layer.weight = weight
 
 
 @pytest.fixture
-def side(monkeypatch):
-    stream = Stream()
-    monkeypatch.setattr(comfy.model_management, "get_offload_stream", lambda device: stream)
-    monkeypatch.setattr(comfy.model_management, "current_stream", lambda device: Compute(stream))
-    monkeypatch.setattr(comfy.model_management, "get_free_memory", lambda device: 2**30)
-    return stream
+def engine(monkeypatch):
+    made = Engine()
+    monkeypatch.setattr(arriving, "copy_engine", lambda device: made)
+    monkeypatch.setattr(comfy.model_management, "NUM_STREAMS", 2)
+    return made
+
+
+def weight(device="cpu"):
+    return torch.nn.Parameter(torch.empty(4, 4, device=device), requires_grad=False)
 
 
 def layers():
     operations = comfy.ops.manual_cast
     with torch.inference_mode():
         away, there = operations.Linear(4, 4), operations.Linear(4, 4, bias=False)
-        there.weight = torch.nn.Parameter(torch.empty(4, 4, device=DEVICE), requires_grad=False)
+        there.weight = weight(DEVICE)
     return away, there
 
 
-def test_weights_are_there_for_the_scope_and_their_memory_after_it(side):
+def test_weights_are_there_for_the_scope_and_their_memory_after_it(engine):
     away, there = layers()
     before = {**away._parameters}, {**there._parameters}
-    with arriving([away, there], DEVICE) as for_now:
-        assert for_now and side.events == ["copies", "copies", "is waited for"]
-        assert {parameter.device for parameter in (away.weight, away.bias)} == {DEVICE}
-        assert there.weight is before[1]["weight"]
-    assert side.events[-1] == "waits for compute"
-    assert all(away._parameters[name] is before[0][name] for name in ("weight", "bias"))
+    arrivals = Arrivals()
+    arrivals.start(Patcher(), [away, there])
+    for turn in range(4):
+        with arrivals.arriving([away, there], DEVICE) as for_now:
+            assert for_now and {parameter.device for parameter in (away.weight, away.bias)} == {DEVICE}
+            assert type(away.weight) is torch.nn.Parameter and away.weight.shape == (4, 4)
+            assert there.weight is before[1]["weight"]
+        assert all(away._parameters[name] is before[0][name] for name in ("weight", "bias"))
+        # A place is written once the compute is done that read it last, which is two blocks before.
+        assert engine.events[-1] == f"2 after use {max(0, turn - 1)}"
 
 
-def test_what_fails_within_leaves_them_as_they_were(side):
+def test_what_fails_within_leaves_them_as_they_were(engine):
     away, _ = layers()
-    weight = away.weight
-    with pytest.raises(RuntimeError, match="within"), arriving([away], DEVICE):
+    arrivals, before = Arrivals(), away.weight
+    arrivals.start(Patcher(), [away])
+    with pytest.raises(RuntimeError, match="within"), arrivals.arriving([away], DEVICE):
         raise RuntimeError("within")
-    assert away.weight is weight and side.events[-1] == "waits for compute"
+    assert away.weight is before
 
 
-@pytest.mark.parametrize("known", [True, False], ids=["known before", "not known before"])
-def test_without_memory_for_them_they_stay(side, monkeypatch, known):
-    away, _ = layers()
-    weight, tried = away.weight, []
-
-    def full(*args, **kwargs):
-        tried.append(None)
-        raise torch.OutOfMemoryError
-
-    monkeypatch.setattr(comfy.model_management, "cast_to", full)
-    if known:
-        monkeypatch.setattr(comfy.model_management, "get_free_memory", lambda device: 2**20)
-    with arriving([away], DEVICE) as for_now:
-        assert not for_now and away.weight is weight
-    assert len(tried) == (0 if known else 1)
-
-
-def test_without_a_stream_they_stay(side, monkeypatch):
-    """As with the host's --disable-async-offload."""
-    monkeypatch.setattr(comfy.model_management, "get_offload_stream", lambda device: None)
+def test_the_host_leaves_memory_for_two_blocks_once(engine):
     away, there = layers()
-    weight = away.weight
-    with arriving([away, there], DEVICE) as for_now:
-        assert not for_now and away.weight is weight
-    with arriving([there], DEVICE) as for_now:
+    patcher, arrivals = Patcher(), Arrivals()
+    patcher.unloads = [(there, weight())]
+    arrivals.start(patcher, [away, there])
+    assert patcher.asked == [2 * 2 * ALIGNMENT]
+    with arrivals.arriving([there], DEVICE) as for_now:
+        assert for_now and there.weight.device == DEVICE
+    arrivals.start(patcher, [away, there])
+    assert len(patcher.asked) == 1, "in the next run it is there"
+    more = torch.nn.ModuleList([away, comfy.ops.manual_cast.Linear(4, 4)])
+    arrivals.start(patcher, [more])
+    assert patcher.asked[1:] == [2 * 2 * ALIGNMENT], "what it has it keeps"
+    arrivals.drop(DEVICE)
+    with arrivals.arriving([away], DEVICE) as for_now:
         assert not for_now
+
+
+def test_what_does_not_fit_stays(engine):
+    away, _ = layers()
+    arrivals = Arrivals()
+    arrivals.start(Patcher(), [away])
+    more = comfy.ops.manual_cast.Linear(4, 4)
+    weights = away.weight, more.weight
+    with arrivals.arriving([away, more], DEVICE) as for_now:
+        assert for_now and away.weight is not weights[0] and more.weight is weights[1]
+    assert engine.events == ["2 after use 0"]
+
+
+@pytest.mark.parametrize("why", ["dynamic VRAM", "Offload", "no streams", "all there", "no memory"])
+def test_where_none_arrive_the_host_is_asked_for_nothing(engine, monkeypatch, why):
+    away, there = layers()
+    patcher, arrivals = Patcher(why == "dynamic VRAM"), Arrivals()
+    if why == "Offload":
+        monkeypatch.setattr(arriving, "LeavesOut", Patcher)
+    if why == "no streams":
+        # As with the host's --disable-async-offload.
+        monkeypatch.setattr(comfy.model_management, "NUM_STREAMS", 0)
+    if why == "all there":
+        arrivals.start(patcher, [away])
+        patcher.asked.clear()
+    if why == "no memory":
+
+        def full(*_):
+            raise torch.OutOfMemoryError
+
+        monkeypatch.setattr(arriving, "_Landing", full)
+    arrivals.start(patcher, [there] if why == "all there" else [away])
+    assert len(patcher.asked) == (why == "no memory")
+    before = away.weight
+    with arrivals.arriving([away, there], DEVICE) as for_now:
+        assert not for_now and away.weight is before
+
+
+@pytest.mark.parametrize("inference", [True, False])
+def test_quantized_weights_arrive(monkeypatch, inference):
+    """On the CPU, where copies are real: the layers are said to be on another device."""
+    monkeypatch.setattr(comfy.model_management, "NUM_STREAMS", 2)
+    layer = torch.nn.Module()
+    with torch.inference_mode(inference):
+        quantized = QuantizedTensor.from_float(torch.randn(32, 32), "TensorCoreFP8E4M3Layout", scale="recalculate")
+        layer.weight = torch.nn.Parameter(quantized, requires_grad=False)
+    pieces, size = arriving.pieces_of([layer], there=DEVICE)
+    landing = arriving._Landing(arriving.copy_engine(torch.device("cpu")), torch.device("cpu"), size)
+    with torch.inference_mode(), landing.holding(pieces) as (arrived,):
+        assert isinstance(arrived, QuantizedTensor) and arrived._qdata.data_ptr() != quantized._qdata.data_ptr()
+        assert torch.equal(arrived.dequantize(), quantized.dequantize())
