@@ -83,12 +83,26 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _need_triton() -> dict[str, list[str]]:
-    """Triton kernels of this process that can't be kept, with the variants that PyTorch can't launch by itself."""
+    """Triton kernels of this process that can't be kept, with the variants that PyTorch can't launch by itself and
+    why."""
     from torch._inductor.codecache import PyCodeCache
     from torch._inductor.runtime.triton_heuristics import CachingAutotuner, StaticTritonCompileResult
 
+    def why(kernel: Any, variant: Any) -> str:
+        try:
+            with torch._inductor.config.patch(strict_static_triton_launcher=True):
+                given = kernel.inductor_meta, variant.compile_meta, kernel.heuristic_type
+                StaticTritonCompileResult.can_statically_launch(variant.kernel, *given)
+        except Exception as reason:
+            return str(reason)
+        return "it could now"
+
     return {
-        name: [str(each.config) for each in kernel.compile_results if not isinstance(each, StaticTritonCompileResult)]
+        name: [
+            f"{variant.config}: {why(kernel, variant)}"
+            for variant in kernel.compile_results
+            if not isinstance(variant, StaticTritonCompileResult)
+        ]
         for module in PyCodeCache.modules
         for name, kernel in vars(module).items()
         if isinstance(kernel, CachingAutotuner) and not kernel.is_statically_launchable()

@@ -155,10 +155,10 @@ class CompiledBlocks(Ledger):
         self._arrivals.start(patcher, [it for each in blocks.values() for it in each])
 
     def unload(self, patcher: ModelPatcher, unpatch_all: bool) -> None:
-        """The host unloads the model, for good when ``unpatch_all``, and wants memory for another."""
+        """The host unloads the model, for good when ``unpatch_all``, or hands it to a clone."""
         if unpatch_all:
             self.replays.drop()
-            self._arrivals.drop(patcher.load_device)
+        self._arrivals.stop(patcher, unpatch_all)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """A wrapper of the host's ``apply_model``; arguments are passed on as they are, conditioning on the device."""

@@ -150,7 +150,7 @@ def _run(side: Side, model: ModelPatcher, inputs: Inputs, steps: int, first: boo
 
 def _outside(model: ModelPatcher) -> int:
     """Bytes of the weights that dynamic VRAM has on the device, which PyTorch's allocator does not count."""
-    return model.loaded_size() - model.model.model_loaded_weight_memory
+    return model.loaded_size() - model.model.model_loaded_weight_memory if model.is_dynamic() else 0
 
 
 def _others(model: ModelPatcher) -> int:

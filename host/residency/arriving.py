@@ -13,6 +13,7 @@ from torch import nn
 
 from ...hotpath.stream import CopyEngine, copy_engine
 from ..layers.gguf import take_patches
+from ..models import unpin
 from .offload import LeavesOut
 from .pieces import Piece, flat, pieces_of, placed, within
 
@@ -43,6 +44,10 @@ class Arrivals:
         landing, size = self._landings.pop(device, None), _most_away(blocks, device)
         if not size:
             return
+        # The host pins what a load leaves in RAM, and not what an earlier clone's load left there.
+        for key, parameter in patcher.model.named_parameters():
+            if parameter.device != device:
+                patcher.pin_weight_to_device(key)
         if landing is None or landing.size < size:
             patcher.partially_unload(patcher.offload_device, _PLACES * (size - (landing.size if landing else 0)))
             del landing
@@ -52,9 +57,11 @@ class Arrivals:
                 return
         self._landings[device] = landing
 
-    def drop(self, device: torch.device) -> None:
-        """The model is unloaded from ``device``."""
-        self._landings.pop(device, None)
+    def stop(self, patcher: ModelPatcher, for_good: bool) -> None:
+        """The model of ``patcher`` is unloaded ``for_good``, or handed to a clone."""
+        if for_good:
+            self._landings.pop(patcher.load_device, None)
+        unpin(patcher)
 
     @contextmanager
     def arriving(self, layers: Sequence[nn.Module], device: torch.device) -> Iterator[bool]:

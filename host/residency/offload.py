@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -15,7 +16,7 @@ from torch import nn
 from ...hotpath.stream import resident_blocks
 from ..families import require_family
 from ..layers.gguf import is_gguf_patcher, patch_left_out
-from ..models import require_model
+from ..models import require_model, unpin
 from ..telling.progress import NodeText, PartText
 from . import dynamic_vram
 from .budget import Budget
@@ -138,6 +139,7 @@ class LeavesOut(ModelPatcher):
     """
 
     _listed: bool = False
+    _counting: bool = False
 
     def clone(self, *args: Any, **kwargs: Any) -> ModelPatcher:
         """The host's, without subtracting from its size once more."""
@@ -188,12 +190,47 @@ class LeavesOut(ModelPatcher):
         # So that the host loads the layers for a clone that wants them.
         self.model.model_lowvram = True
 
+    def loaded_size(self) -> int:
+        """Bytes of what is on the device.
+
+        The host's own count of them is for clones without this node and says 0: such a clone loads layers in another
+        order, up to what is counted and what is free, beside those that are there.
+        """
+        size = comfy.model_management.module_size
+        layers = self.model.modules()
+        return sum(size(layer) for layer in layers if getattr(layer, "comfy_patched_weights", False))
+
     def partially_load(self, device_to: Any, extra_memory: float = 0, force_patch_weights: bool = False) -> Any:
         """The host's, after unloading what another clone of the model, or this one with more memory, loaded."""
-        loaded = self.loaded_size()
-        self._choose(loaded + extra_memory)
-        self._unload_left_out()
-        return super().partially_load(device_to, extra_memory + loaded - self.loaded_size(), force_patch_weights)
+        with self._counted():
+            loaded = self.loaded_size()
+            self._choose(loaded + extra_memory)
+            self._unload_left_out()
+            return super().partially_load(device_to, extra_memory + loaded - self.loaded_size(), force_patch_weights)
+
+    def partially_unload(self, *args: Any, **kwargs: Any) -> Any:
+        """The host's."""
+        with self._counted():
+            return super().partially_unload(*args, **kwargs)
+
+    def detach(self, unpatch_all: bool = True) -> Any:
+        """The host's, with nothing left pinned that a clone may free."""
+        unpin(self)
+        return super().detach(unpatch_all)
+
+    @contextmanager
+    def _counted(self) -> Iterator[None]:
+        """A scope in which the host's count of what is loaded is right."""
+        if self._counting:
+            yield
+            return
+        self._counting = True
+        self.model.model_loaded_weight_memory = self.loaded_size()
+        try:
+            yield
+        finally:
+            self._counting = False
+            self.model.model_loaded_weight_memory = 0
 
     def pin_weight_to_device(self, key: str) -> None:
         """The host's, but for blocks that are pinned as a whole or are not to be."""

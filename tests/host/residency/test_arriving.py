@@ -37,10 +37,23 @@ class Patcher:
     load_device, offload_device = DEVICE, torch.device("cpu")
 
     def __init__(self, dynamic=False):
-        self.dynamic, self.asked, self.unloads = dynamic, [], []
+        self.dynamic, self.asked, self.unloads, self.pinned = dynamic, [], [], []
 
     def is_dynamic(self):
         return self.dynamic
+
+    @property
+    def model(self):
+        return self
+
+    def named_parameters(self):
+        return [("there", weight(DEVICE)), ("away", weight())]
+
+    def pin_weight_to_device(self, key):
+        self.pinned.append(key)
+
+    def unpin_all_weights(self):
+        self.pinned.clear()
 
     def partially_unload(self, device, size):
         self.asked.append(size)
@@ -105,7 +118,12 @@ def test_the_host_leaves_memory_for_two_blocks_once(engine):
     more = torch.nn.ModuleList([away, comfy.ops.manual_cast.Linear(4, 4)])
     arrivals.start(patcher, [more])
     assert patcher.asked[1:] == [2 * 2 * ALIGNMENT], "what it has it keeps"
-    arrivals.drop(DEVICE)
+    assert set(patcher.pinned) == {"away"}
+    arrivals.stop(patcher, for_good=False)
+    assert patcher.pinned == [], "a clone would free pinned memory"
+    with arrivals.arriving([away], DEVICE) as for_now:
+        assert for_now
+    arrivals.stop(patcher, for_good=True)
     with arrivals.arriving([away], DEVICE) as for_now:
         assert not for_now
 

@@ -19,7 +19,7 @@ from hotpath_pack.host.telling.report import describe, report
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
-from sampling import SMALL, Texts, ahead_of, load, offloaded, sample
+from sampling import SMALL, Texts, ahead_of, compiled, load, offloaded, sample
 
 
 def test_the_hosts_load_leaves_modulation_out(flux):
@@ -58,12 +58,13 @@ def test_what_the_host_counts_is_what_is_loaded_whatever_it_does(steps):
     lora = checkpoints.lora(weights)
     layers = modulation.modulation_layers(plain.model.diffusion_model).values()
     before = {name: tensor.clone() for name, tensor in plain.model.state_dict().items()}
-    exact = True
+    exact, loaded = True, plain
     for step in steps:
         if step == "lora":
             plain, ahead = (load_lora_for_models(model, None, lora, 0.5, 0)[0] for model in (plain, ahead))
             continue
-        patcher = ahead if "ahead" in step else plain
+        loads = "ahead" in step or "plain" in step
+        patcher = loaded = (ahead if "ahead" in step else plain) if loads else loaded
         with torch.inference_mode():
             if "load" in step and "un" not in step:
                 patcher.partially_load(patcher.load_device, 1e32)
@@ -82,6 +83,35 @@ def test_what_the_host_counts_is_what_is_loaded_whatever_it_does(steps):
     ahead.detach()
     after = plain.model.state_dict()
     assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+
+
+@pytest.mark.parametrize("resident", ["spread", "first", "last"])
+@pytest.mark.parametrize("free", [0.1, 0.3])
+def test_a_clone_without_the_node_loads_no_more_than_is_free(flux, resident, free):
+    """The host's order is another: beside what is there it would load what it counts as there once more."""
+    lean, free = offloaded(flux, "in place", budget="50 %", resident=resident), int(free * flux.model_size())
+    with torch.inference_mode():
+        lean.partially_load(lean.load_device, 1e32)
+        there = loaded_bytes(lean)
+        assert 0.3 * flux.model_size() < there == lean.loaded_size()
+        flux.partially_load(flux.load_device, free)
+        assert loaded_bytes(flux) <= there + free
+        lean.partially_load(lean.load_device, 0)
+        assert loaded_bytes(lean) == lean.loaded_size() <= there + free
+
+
+def test_what_was_pinned_for_a_clone_is_not_when_another_loads(flux, monkeypatch):
+    pinned = set()
+    monkeypatch.setattr(comfy.model_management, "pin_memory", lambda it: not pinned.add(it.data_ptr()))
+    monkeypatch.setattr(comfy.model_management, "unpin_memory", lambda it: pinned.discard(it.data_ptr()))
+    for make in (lambda: offloaded(flux, pin_memory=False), lambda: compiled(flux, backend="eager")):
+        held = make()
+        with torch.inference_mode():
+            sample(held)
+            held.pin_weight_to_device("diffusion_model.single_blocks.0.linear1.weight")
+            assert pinned
+            sample(flux)
+        assert not pinned
 
 
 def test_saved_as_any_other_model(flux, flux_weights, tmp_path, monkeypatch):
