@@ -70,13 +70,3 @@ def compiled_as_a_whole(model: ModelPatcher) -> bool:
 def compiled_elsewhere(model: ModelPatcher) -> bool:
     """Whether another node compiles all of ``model`` or single modules."""
     return bool(compiled_by_another(model.model_options.get("transformer_options", {})))
-
-
-def unpin(patcher: ModelPatcher) -> None:
-    """Unpin what the host pinned for ``patcher``, which is no longer in use, before a clone loads it.
-
-    The clone would not know of it, and memory that is freed while it is pinned is copied to and from wrongly, if at
-    all, once it is used again.
-    """
-    if not patcher.is_dynamic():
-        patcher.unpin_all_weights()

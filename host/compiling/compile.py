@@ -89,15 +89,14 @@ def compile_repeated_blocks(
     if when == "background":
         require_kept(settings, model.load_device, cache)
     compiled = model.clone()
-    compiled.remove_wrappers_with_key(WrappersMP.APPLY_MODEL, WRAPPER_KEY)
     blocks = CompiledBlocks(settings, selected, on_failure, text, cache, cuda_graphs, when)
+    compiled.remove_wrappers_with_key(WrappersMP.APPLY_MODEL, WRAPPER_KEY)
     compiled.add_wrapper_with_key(WrappersMP.APPLY_MODEL, WRAPPER_KEY, blocks)
-    callbacks = {
-        CallbacksMP.ON_PRE_RUN: blocks.start,
-        CallbacksMP.ON_CLEANUP: blocks.replays.end,
-        CallbacksMP.ON_DETACH: blocks.unload,
-    }
-    for event, callback in callbacks.items():
+    for event, callback in (
+        (CallbacksMP.ON_PRE_RUN, blocks.start),
+        (CallbacksMP.ON_CLEANUP, blocks.replays.end),
+        (CallbacksMP.ON_DETACH, blocks.unload),
+    ):
         compiled.remove_callbacks_with_key(event, WRAPPER_KEY)
         compiled.add_callback_with_key(event, WRAPPER_KEY, callback)
     if when and cache == "auto" and not unsupported(settings, model.load_device):
@@ -155,10 +154,10 @@ class CompiledBlocks(Ledger):
         self._arrivals.start(patcher, [it for each in blocks.values() for it in each])
 
     def unload(self, patcher: ModelPatcher, unpatch_all: bool) -> None:
-        """The host unloads the model, for good when ``unpatch_all``, or hands it to a clone."""
+        """The host unloads the model, for good when ``unpatch_all``, and wants memory for another."""
         if unpatch_all:
             self.replays.drop()
-        self._arrivals.stop(patcher, unpatch_all)
+            self._arrivals.drop(patcher.load_device)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """A wrapper of the host's ``apply_model``; arguments are passed on as they are, conditioning on the device."""

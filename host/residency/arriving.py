@@ -13,7 +13,6 @@ from torch import nn
 
 from ...hotpath.stream import CopyEngine, copy_engine
 from ..layers.gguf import take_patches
-from ..models import unpin
 from .offload import LeavesOut
 from .pieces import Piece, flat, pieces_of, placed, within
 
@@ -44,7 +43,7 @@ class Arrivals:
         landing, size = self._landings.pop(device, None), _most_away(blocks, device)
         if not size:
             return
-        # The host pins what a load leaves in RAM, and not what an earlier clone's load left there.
+        # The host pins what a load leaves in RAM, until any clone goes, and not what an earlier load left there.
         for key, parameter in patcher.model.named_parameters():
             if parameter.device != device:
                 patcher.pin_weight_to_device(key)
@@ -57,11 +56,9 @@ class Arrivals:
                 return
         self._landings[device] = landing
 
-    def stop(self, patcher: ModelPatcher, for_good: bool) -> None:
-        """The model of ``patcher`` is unloaded ``for_good``, or handed to a clone."""
-        if for_good:
-            self._landings.pop(patcher.load_device, None)
-        unpin(patcher)
+    def drop(self, device: torch.device) -> None:
+        """The model is unloaded from ``device``."""
+        self._landings.pop(device, None)
 
     @contextmanager
     def arriving(self, layers: Sequence[nn.Module], device: torch.device) -> Iterator[bool]:

@@ -16,7 +16,7 @@ from torch import nn
 from ...hotpath.stream import resident_blocks
 from ..families import require_family
 from ..layers.gguf import is_gguf_patcher, patch_left_out
-from ..models import require_model, unpin
+from ..models import require_model
 from ..telling.progress import NodeText, PartText
 from . import dynamic_vram
 from .budget import Budget
@@ -213,11 +213,6 @@ class LeavesOut(ModelPatcher):
         with self._counted():
             return super().partially_unload(*args, **kwargs)
 
-    def detach(self, unpatch_all: bool = True) -> Any:
-        """The host's, with nothing left pinned that a clone may free."""
-        unpin(self)
-        return super().detach(unpatch_all)
-
     @contextmanager
     def _counted(self) -> Iterator[None]:
         """A scope in which the host's count of what is loaded is right."""
@@ -298,6 +293,10 @@ class LeavesOut(ModelPatcher):
         copies = pinned_copies(self.model)
         blocks = streamable_layers(self.model.diffusion_model, self._ahead)
         for path in RESIDENCY[self.model].streamed:
+            # Memory that is freed while it is pinned is copied to and from wrongly, if at all, once it is used again.
+            for layer in blocks[path]:
+                self.unpin_weight(f"diffusion_model.{layer}.weight")
+                self.unpin_weight(f"diffusion_model.{layer}.bias")
             copies.hold(path, list(blocks[path].values()))
 
     def _unload_left_out(self) -> None:

@@ -52,9 +52,6 @@ class Patcher:
     def pin_weight_to_device(self, key):
         self.pinned.append(key)
 
-    def unpin_all_weights(self):
-        self.pinned.clear()
-
     def partially_unload(self, device, size):
         self.asked.append(size)
         for layer, weight in self.unloads:
@@ -119,11 +116,7 @@ def test_the_host_leaves_memory_for_two_blocks_once(engine):
     arrivals.start(patcher, [more])
     assert patcher.asked[1:] == [2 * 2 * ALIGNMENT], "what it has it keeps"
     assert set(patcher.pinned) == {"away"}
-    arrivals.stop(patcher, for_good=False)
-    assert patcher.pinned == [], "a clone would free pinned memory"
-    with arrivals.arriving([away], DEVICE) as for_now:
-        assert for_now
-    arrivals.stop(patcher, for_good=True)
+    arrivals.drop(DEVICE)
     with arrivals.arriving([away], DEVICE) as for_now:
         assert not for_now
 

@@ -19,7 +19,7 @@ from hotpath_pack.host.telling.report import describe, report
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
-from sampling import SMALL, Texts, ahead_of, compiled, load, offloaded, sample
+from sampling import SMALL, Texts, ahead_of, load, offloaded, sample
 
 
 def test_the_hosts_load_leaves_modulation_out(flux):
@@ -100,18 +100,24 @@ def test_a_clone_without_the_node_loads_no_more_than_is_free(flux, resident, fre
         assert loaded_bytes(lean) == lean.loaded_size() <= there + free
 
 
-def test_what_was_pinned_for_a_clone_is_not_when_another_loads(flux, monkeypatch):
-    pinned = set()
-    monkeypatch.setattr(comfy.model_management, "pin_memory", lambda it: not pinned.add(it.data_ptr()))
-    monkeypatch.setattr(comfy.model_management, "unpin_memory", lambda it: pinned.discard(it.data_ptr()))
-    for make in (lambda: offloaded(flux, pin_memory=False), lambda: compiled(flux, backend="eager")):
-        held = make()
-        with torch.inference_mode():
-            sample(held)
-            held.pin_weight_to_device("diffusion_model.single_blocks.0.linear1.weight")
-            assert pinned
-            sample(flux)
-        assert not pinned
+def test_what_the_host_pinned_is_unpinned_before_it_is_copied_to_one_buffer(flux, monkeypatch):
+    """The memory is freed then."""
+    pinned = {}
+
+    def pin(tensor):
+        pinned[tensor.data_ptr()] = tensor.nbytes
+        return True
+
+    monkeypatch.setattr(comfy.model_management, "pin_memory", pin)
+    monkeypatch.setattr(comfy.model_management, "unpin_memory", lambda it: pinned.pop(it.data_ptr()))
+    block, lean = flux.model.diffusion_model.single_blocks[0], offloaded(flux, budget="0 %")
+    flux.pin_weight_to_device("diffusion_model.single_blocks.0.linear1.weight")
+    flux.pin_weight_to_device("diffusion_model.single_blocks.0.linear2.bias")
+    before = dict(pinned)
+    with torch.inference_mode():
+        sample(lean)
+    assert len(before) == 2 and not any(pinned.get(place) == size for place, size in before.items())
+    assert block.linear1.weight.untyped_storage().data_ptr() in pinned
 
 
 def test_saved_as_any_other_model(flux, flux_weights, tmp_path, monkeypatch):
