@@ -24,7 +24,6 @@ from ...hotpath.recorded import Addresses, Graph, Recordings
 from ...hotpath.settings import CUDA_GRAPH_MODES, CompileSettings
 from ..layers.bypass import in_bypass
 from ..layers.gguf import FINISHED
-from ..residency.arriving import affords
 from ..residency.weights import Layers
 
 CHOICES = ("auto", "off")
@@ -58,8 +57,13 @@ def recordings_on(device: torch.device) -> Recordings | None:
             recorder = recorder_for(device)
             if recorder is None:
                 return None
-            _RECORDINGS[device] = Recordings(recorder, partial(affords, device))
+            _RECORDINGS[device] = Recordings(recorder, partial(_affords, device))
         return _RECORDINGS[device]
+
+
+def _affords(device: torch.device, size: int) -> bool:
+    """Whether the host would find so many bytes free, beside what it leaves to others."""
+    return comfy.model_management.get_free_memory(device) - comfy.model_management.extra_reserved_memory() >= size
 
 
 class Replayed:

@@ -19,11 +19,6 @@ from .pieces import Piece, flat, pieces_of, placed, within
 _PLACES = 2
 
 
-def affords(device: torch.device, size: int) -> bool:
-    """Whether the host would find so many bytes free, beside what it leaves to others."""
-    return comfy.model_management.get_free_memory(device) - comfy.model_management.extra_reserved_memory() >= size
-
-
 class Arrivals:
     """Memory of the devices in which the weights of a block arrive while the block before it computes.
 
