@@ -167,6 +167,34 @@ def copy_engine(device: torch.device) -> CopyEngine:
     return StreamCopies(device) if device.type in ("cuda", "xpu") else InPlaceCopies()
 
 
+class Slots:
+    """``count`` slots of ``size`` bytes on ``device``, into which is copied beside the compute that reads them."""
+
+    def __init__(self, engine: CopyEngine, device: torch.device, size: int, count: int) -> None:
+        self._engine = engine
+        # Written in and out of inference mode.
+        with torch.inference_mode(False):
+            self.memory = [torch.empty(size, dtype=torch.uint8, device=device) for _ in range(count)]
+        # The compute that may still read a slot. A new slot's memory may have had another use, too.
+        self._last_use: list[Any] = [engine.mark()] * count
+
+    def copy(self, slot: int, sources: Sequence[tuple[Tensor, int]]) -> Any:
+        """Begin to copy ``sources``, flat uint8 tensors with the offset of each, once nothing reads the slot any more;
+        gives the arrival."""
+        memory = self.memory[slot]
+        targets = [memory[offset : offset + source.numel()] for source, offset in sources]
+        return self._engine.copy([source for source, _ in sources], targets, self._last_use[slot])
+
+    @contextmanager
+    def read(self, slot: int, arrival: Any) -> Iterator[None]:
+        """A scope in which compute is queued that reads the slot after ``arrival``."""
+        self._engine.wait(arrival)
+        try:
+            yield
+        finally:
+            self._last_use[slot] = self._engine.mark()
+
+
 class Stream:
     """Streamed blocks in slots of ``size`` bytes on ``device``; a block may compute within ``present``.
 
@@ -190,13 +218,10 @@ class Stream:
         self._engine = engine
         self._sources = sources
         count = min(ahead + 1, len(self.streamed))
-        # Written in and out of inference mode.
-        with torch.inference_mode(False):
-            self.slots = [torch.empty(size, dtype=torch.uint8, device=device) for _ in range(count)]
+        self._slots = Slots(engine, device, size, count)
+        self.slots = self._slots.memory
         self._held: list[int | None] = [None] * count
         self._arrivals: list[Any] = [None] * count
-        # The compute that may still read a slot. A new slot's memory may have had another use, too.
-        self._last_use: list[Any] = [engine.mark()] * count
 
     @contextmanager
     def present(self, block: int) -> Iterator[int]:
@@ -204,21 +229,14 @@ class Stream:
         for fetch in fetches(self._held, block, self.streamed, self.ahead):
             self._fetch(fetch)
         slot = self._held.index(block)
-        self._engine.wait(self._arrivals[slot])
-        try:
+        with self._slots.read(slot, self._arrivals[slot]):
             yield slot
-        finally:
-            self._last_use[slot] = self._engine.mark()
 
     def _fetch(self, fetch: Fetch) -> None:
         sources = self._sources(fetch.block)
-        slot = self.slots[fetch.slot]
-        targets = [slot[offset : offset + source.numel()] for source, offset in sources]
         # If the copy fails to start the slot holds neither.
         self._held[fetch.slot] = None
-        self._arrivals[fetch.slot] = self._engine.copy(
-            [source for source, _ in sources], targets, self._last_use[fetch.slot]
-        )
+        self._arrivals[fetch.slot] = self._slots.copy(fetch.slot, sources)
         self._held[fetch.slot] = fetch.block
         self.bytes_copied += sum(source.numel() for source, _ in sources)
 

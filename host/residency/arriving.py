@@ -4,17 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 import comfy.model_management
 import torch
 from comfy.model_patcher import ModelPatcher
 from torch import nn
 
-from ...hotpath.stream import CopyEngine, copy_engine
-from ..layers.gguf import take_patches
+from ...hotpath.stream import CopyEngine, Slots, copy_engine
 from .offload import LeavesOut
-from .pieces import Piece, flat, pieces_of, placed, within
+from .pieces import Piece, flat, pieces_of, placed, put_in, within
 
 _PLACES = 2
 
@@ -64,15 +62,8 @@ class Arrivals:
         if landing is None or not pieces:
             yield False
             return
-        with landing.holding(pieces) as arrived:
-            try:
-                for piece, parameter in zip(pieces, arrived, strict=True):
-                    take_patches(parameter, piece.parameter)
-                    piece.layer._parameters[piece.name] = parameter
-                yield True
-            finally:
-                for piece in pieces:
-                    piece.layer._parameters[piece.name] = piece.parameter
+        with landing.holding(pieces) as arrived, put_in(arrived):
+            yield True
 
 
 class _Landing:
@@ -80,12 +71,7 @@ class _Landing:
 
     def __init__(self, engine: CopyEngine, device: torch.device, size: int) -> None:
         self.size = size
-        self._engine = engine
-        # Written in and out of inference mode.
-        with torch.inference_mode(False):
-            self._places = [torch.empty(size, dtype=torch.uint8, device=device) for _ in range(_PLACES)]
-        # The compute that may still read a place. A new one's memory may have had another use, too.
-        self._last_use: list[Any] = [engine.mark()] * _PLACES
+        self._slots = Slots(engine, device, size, _PLACES)
         self._turn = 0
 
     def fitting(self, layers: Iterable[nn.Module], device: torch.device) -> list[Piece]:
@@ -94,17 +80,12 @@ class _Landing:
         return [piece for piece in pieces if piece.offsets[-1] + piece.tensors[-1].nbytes <= self.size]
 
     @contextmanager
-    def holding(self, pieces: Sequence[Piece]) -> Iterator[list[nn.Parameter]]:
-        """Their copies in a place, for the compute that is queued within the scope."""
+    def holding(self, pieces: Sequence[Piece]) -> Iterator[list[tuple[Piece, nn.Parameter]]]:
+        """Each with its copy in a place, for the compute that is queued within the scope."""
         turn = self._turn = (self._turn + 1) % _PLACES
-        place = self._places[turn]
-        targets = [place[offset : offset + tensor.nbytes] for tensor, offset in placed(pieces)]
-        sources = [flat(tensor) for tensor, _ in placed(pieces)]
-        self._engine.wait(self._engine.copy(sources, targets, self._last_use[turn]))
-        try:
-            yield [within(place, piece) for piece in pieces]
-        finally:
-            self._last_use[turn] = self._engine.mark()
+        arrival = self._slots.copy(turn, [(flat(tensor), offset) for tensor, offset in placed(pieces)])
+        with self._slots.read(turn, arrival):
+            yield [(piece, within(self._slots.memory[turn], piece)) for piece in pieces]
 
 
 def _most_away(blocks: Iterable[nn.Module], device: torch.device) -> int:

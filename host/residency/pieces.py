@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -10,7 +11,7 @@ from comfy.quant_ops import QuantizedTensor
 from torch import Tensor, nn
 
 from ...hotpath.stream import ALIGNMENT
-from ..layers.gguf import moved, plain
+from ..layers.gguf import moved, plain, take_patches
 
 
 class Piece(NamedTuple):
@@ -74,3 +75,16 @@ def within(buffer: Tensor, piece: Piece) -> nn.Parameter:
     if type(piece.parameter) is not nn.Parameter:
         return moved(piece.parameter, value)
     return nn.Parameter(value, requires_grad=False)
+
+
+@contextmanager
+def put_in(arrived: Sequence[tuple[Piece, nn.Parameter]]) -> Iterator[None]:
+    """A scope in which layers have copies of their parameters in their place, with the LoRAs of now."""
+    try:
+        for piece, parameter in arrived:
+            take_patches(parameter, piece.parameter)
+            piece.layer._parameters[piece.name] = parameter
+        yield
+    finally:
+        for piece, _ in arrived:
+            piece.layer._parameters[piece.name] = piece.parameter

@@ -20,12 +20,11 @@ from torch import Tensor, nn
 from ...hotpath.stream import Stream, copy_engine
 from ...hotpath.template import Around
 from ..families import named_blocks, named_modulations
-from ..layers.gguf import take_patches
 from ..model_call import ModelCall
 from ..models import why_untouched
 from ..telling.progress import PartText
 from .budget import GIB
-from .pieces import Piece, flat, pieces_of, placed, within
+from .pieces import Piece, flat, pieces_of, placed, put_in, within
 
 log = logging.getLogger(__name__)
 
@@ -294,16 +293,8 @@ class _Run:
     def _present(self, index: int) -> Iterator[None]:
         comfy.model_management.throw_exception_if_processing_interrupted()
         self._refuse_stale(index)
-        with self.stream.present(index) as slot:
-            swapped = self._in_slot(index, slot)
-            try:
-                for piece, parameter in swapped:
-                    take_patches(parameter, piece.parameter)
-                    piece.layer._parameters[piece.name] = parameter
-                yield
-            finally:
-                for piece, _ in swapped:
-                    piece.layer._parameters[piece.name] = piece.parameter
+        with self.stream.present(index) as slot, put_in(self._in_slot(index, slot)):
+            yield
 
     def _refuse_stale(self, index: int) -> None:
         """Fetch anew when the block has other parameters than at its last arrival."""

@@ -2,7 +2,7 @@
 the host's own computation raises passes through."""
 
 import logging
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 
 import comfy.model_management
 import pytest
@@ -78,6 +78,15 @@ FAILING = Failing()
 register_backend(name="hotpath_failing")(lambda graph, inputs, **kwargs: FAILING(graph, inputs))
 
 
+@contextmanager
+def failing(error):
+    FAILING.error = error
+    try:
+        yield
+    finally:
+        FAILING.error = None
+
+
 @pytest.mark.parametrize("seam", SEAMS)
 @given(error=ERRORS)
 @settings(max_examples=2, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -118,11 +127,8 @@ def test_code_that_fails_when_it_first_runs_gives_way_to_eager_with_its_inputs_a
     regions._regions.clear()
     want = sample(flux)
     fast = compiled(flux, backend="hotpath_failing", on_failure="eager", fullgraph=fullgraph)
-    FAILING.error = error
-    try:
+    with failing(error):
         assert torch.equal(sample(fast), want)
-    finally:
-        FAILING.error = None
     assert compiled_blocks(fast).account.counts["eager"] == 5
     assert_parity(flux, fast)
     assert compiled_blocks(fast).account.counts["compiled"] == 5, "the next run can"
@@ -132,12 +138,8 @@ def test_code_that_fails_when_it_first_runs_gives_way_to_eager_with_its_inputs_a
 def test_memory_that_runs_out_within_a_step_passes_through(flux, on_failure):
     fast = compiled(flux, backend="hotpath_failing", on_failure=on_failure)
     for _ in range(2):
-        FAILING.error = torch.OutOfMemoryError("CUDA out of memory")
-        try:
-            with pytest.raises(torch.OutOfMemoryError, match="^CUDA out of memory$"):
-                sample(fast)
-        finally:
-            FAILING.error = None
+        with failing(no_memory()), pytest.raises(torch.OutOfMemoryError, match="^CUDA out of memory$"):
+            sample(fast)
         assert_parity(flux, fast)
 
 
@@ -149,8 +151,7 @@ def test_where_weights_only_arrive_a_block_without_memory_runs_a_layer_at_a_time
     assert_parity(flux, fast)
     monkeypatch.setattr(host_compile, "in_place", lambda *_: nullcontext(True))
     for _ in range(2):
-        FAILING.error = torch.OutOfMemoryError("CUDA out of memory")
-        try:
+        with failing(no_memory()):
             if on_failure == "eager":
                 assert torch.equal(sample(fast), want)
                 told = compiled_blocks(fast).account
@@ -160,10 +161,12 @@ def test_where_weights_only_arrive_a_block_without_memory_runs_a_layer_at_a_time
             else:
                 with pytest.raises(torch.OutOfMemoryError, match="^CUDA out of memory$"):
                     sample(fast)
-        finally:
-            FAILING.error = None
         assert_parity(flux, fast)
         assert compiled_blocks(fast).account.counts["compiled"] == 5, "the next run can"
+
+
+def no_memory():
+    return torch.OutOfMemoryError("CUDA out of memory")
 
 
 class Raising:

@@ -158,15 +158,14 @@ def test_where_none_arrive_the_host_is_asked_for_nothing(engine, monkeypatch, wh
 
 
 @pytest.mark.parametrize("inference", [True, False])
-def test_quantized_weights_arrive(monkeypatch, inference):
+def test_quantized_weights_arrive(inference):
     """On the CPU, where copies are real: the layers are said to be on another device."""
-    monkeypatch.setattr(comfy.model_management, "NUM_STREAMS", 2)
     layer = torch.nn.Module()
     with torch.inference_mode(inference):
         quantized = QuantizedTensor.from_float(torch.randn(32, 32), "TensorCoreFP8E4M3Layout", scale="recalculate")
         layer.weight = torch.nn.Parameter(quantized, requires_grad=False)
     pieces, size = arriving.pieces_of([layer], there=DEVICE)
     landing = arriving._Landing(arriving.copy_engine(torch.device("cpu")), torch.device("cpu"), size)
-    with torch.inference_mode(), landing.holding(pieces) as (arrived,):
+    with torch.inference_mode(), landing.holding(pieces) as ((_, arrived),):
         assert isinstance(arrived, QuantizedTensor) and arrived._qdata.data_ptr() != quantized._qdata.data_ptr()
         assert torch.equal(arrived.dequantize(), quantized.dequantize())
