@@ -17,6 +17,9 @@ _FIRST_PASS = "pre_grad_custom_pass"
 _LATE_VARIANTS = "dynamic_scale_rblock"
 # A kernel of this pack is launched as Inductor's own are: else what is kept of a region would need Triton's compiler.
 _LAUNCHES_OURS = "static_launch_user_defined_triton_kernels"
+# PyTorch finds a kernel's binary by the kernel's whole name, and Triton writes it under the first 150 characters: one
+# that names all that was fused into it may be longer, and is not launched without Triton's compiler then.
+_LONG_NAMES = "triton.descriptive_names"
 # Its own would copy a region's weights, which are inputs, at each replay; see ``recorded.py``.
 _CUDA_GRAPHS = "triton.cudagraphs"
 
@@ -27,7 +30,7 @@ def region_options(mode: str, probe: bool) -> dict[str, Any]:
     Without ``probe`` nothing that is compiled with them has the C++ compiler probed; see ``internals.compiler``.
     """
     always: dict[str, Any] = {_CUDA_GRAPHS: False, _FIRST_PASS: plain_forms}
-    quicker = {_LATE_VARIANTS: False, _LAUNCHES_OURS: True, **({} if probe else {TRUSTED: True})}
+    quicker = {_LATE_VARIANTS: False, _LAUNCHES_OURS: True, _LONG_NAMES: "", **({} if probe else {TRUSTED: True})}
     return {**torch._inductor.list_mode_options(mode), **always, **known_options(quicker)}
 
 

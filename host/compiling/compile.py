@@ -151,7 +151,7 @@ class CompiledBlocks(Ledger):
         diffusion_model: Any = patcher.model.diffusion_model
         blocks = {kind.name: kind.blocks(diffusion_model) for kind in self.selected}
         self._blocks[diffusion_model] = {name: [weakref.ref(it) for it in each] for name, each in blocks.items()}
-        self._arrivals.start(patcher, [it for each in blocks.values() for it in each])
+        self._arrivals.start(patcher, self.plans.layers(self.selected, diffusion_model))
 
     def unload(self, patcher: ModelPatcher, unpatch_all: bool) -> None:
         """The host unloads the model, for good when ``unpatch_all``, and wants memory for another."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Collection, Mapping
 from contextlib import suppress
 
 from torch import nn
@@ -37,6 +38,18 @@ class Plans:
         """Plan ahead, to know how many regions there will be; what can't be planned says so when it runs."""
         with suppress(Exception):
             self.of(kind, block)
+
+    def layers(
+        self, selected: Mapping[BlockKind, Collection[int]], diffusion_model: nn.Module
+    ) -> list[list[nn.Module]]:
+        """The layers of each of the ``selected`` blocks that can be planned."""
+        found = []
+        for kind, indices in selected.items():
+            for index, block in enumerate(kind.blocks(diffusion_model)):
+                if index in indices:
+                    with suppress(Exception):
+                        found.append([layer for _, layer, _ in self.of(kind, block)[1]])
+        return found
 
     def structures(self) -> int:
         """How many structures the blocks have."""

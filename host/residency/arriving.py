@@ -27,24 +27,28 @@ class Arrivals:
     def __init__(self) -> None:
         self._landings: dict[torch.device, _Landing] = {}
 
-    def start(self, patcher: ModelPatcher, blocks: Sequence[nn.Module]) -> None:
-        """The model of ``patcher`` is loaded, and ``arriving`` will be asked for the layers of these ``blocks``."""
+    def start(self, patcher: ModelPatcher, blocks: Sequence[Sequence[nn.Module]]) -> None:
+        """The model of ``patcher`` is loaded, and ``arriving`` will be asked for these layers, block by block."""
         device = patcher.load_device
         # Blocks that Offload streams are there when they run. Without streams of the host's none are wanted.
         if patcher.is_dynamic() or isinstance(patcher, LeavesOut) or not comfy.model_management.NUM_STREAMS:
             return
-        landing, size = self._landings.pop(device, None), _most_away(blocks, device)
-        if not size:
+        landing = self._landings.pop(device, None)
+        if not _most_away(blocks, device):
             return
         # The host pins what a load leaves in RAM, until any clone goes, and not what an earlier load left there.
         for key, parameter in patcher.model.named_parameters():
             if parameter.device != device:
                 patcher.pin_weight_to_device(key)
-        if landing is None or landing.size < size:
-            patcher.partially_unload(patcher.offload_device, _PLACES * (size - (landing.size if landing else 0)))
+        had = room = landing.size if landing else 0
+        # Of what leaves for them a block may have more than any had away before.
+        while room < (size := _most_away(blocks, device)):
+            patcher.partially_unload(patcher.offload_device, _PLACES * (size - room))
+            room = size
+        if landing is None or room > had:
             del landing
             try:
-                landing = _Landing(copy_engine(device), device, _most_away(blocks, device))
+                landing = _Landing(copy_engine(device), device, room)
             except torch.OutOfMemoryError:
                 return
         self._landings[device] = landing
@@ -88,6 +92,6 @@ class _Landing:
             yield [(piece, within(self._slots.memory[turn], piece)) for piece in pieces]
 
 
-def _most_away(blocks: Iterable[nn.Module], device: torch.device) -> int:
+def _most_away(blocks: Iterable[Sequence[nn.Module]], device: torch.device) -> int:
     """Bytes of the weights that are not on ``device``, of the block that has the most."""
-    return max((pieces_of(block.modules(), there=device)[1] for block in blocks), default=0)
+    return max((pieces_of(layers, there=device)[1] for layers in blocks), default=0)

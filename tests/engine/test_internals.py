@@ -147,7 +147,13 @@ def test_guards_on_a_module_of_this_pack_are_not_kept():
 
 
 @pytest.mark.parametrize(
-    "gone", ["dynamic_scale_rblock", compiler.TRUSTED, "static_launch_user_defined_triton_kernels"]
+    "gone",
+    [
+        "dynamic_scale_rblock",
+        compiler.TRUSTED,
+        "static_launch_user_defined_triton_kernels",
+        "triton.descriptive_names",
+    ],
 )
 def test_an_option_that_inductor_has_not_is_not_asked_for(monkeypatch, gone):
     """It is found by its name as an attribute, a dotted one too, and makes code quicker alone."""
