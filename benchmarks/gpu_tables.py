@@ -279,6 +279,26 @@ def int8() -> str:
     return markdown(["Tokens, in, out", *ways.values()], table)
 
 
+def attention() -> str:
+    """Attention of Flux.1-dev at 1024x1024, in full and in 8 bits."""
+    rows = {row["name"]: row for row in read("attention_h200")["rows"]}
+    triton = min((name for name in rows if name.startswith("Triton")), key=lambda name: rows[name]["us"])
+    ways = {
+        "cuDNN, bf16": "bf16, cuDNN's, as PyTorch has it",
+        "FA3, bf16": "bf16, FlashAttention 3's",
+        "FA3, fp8 unscaled": "fp8, FlashAttention 3's",
+        triton: "fp8, a Triton kernel",
+        "q, k, v to fp8": "q, k and v to fp8, as passes of their own",
+    }
+    return markdown(
+        ["", "Takes", "Signal to noise"],
+        (
+            (told, f"{rows[name]['us']:.0f} us", f"{rows[name]['dB']:.0f} dB" if "dB" in rows[name] else "")
+            for name, told in ways.items()
+        ),
+    )
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "resident": resident,
     "dynamic": dynamic,
@@ -296,4 +316,5 @@ TABLES: dict[str, Callable[[], str]] = {
     "streamed": streamed,
     "graphs": graphs,
     "int8": int8,
+    "attention": attention,
 }

@@ -104,7 +104,7 @@ def test_after_a_prompt_that_ended_in_a_block_the_next_one_works(few, card, bloc
     lean = wrap(offload(model))
     near(sample(lean, **RUN), want)
     unload()
-    free = torch.cuda.mem_get_info()[0]
+    held, free = torch.cuda.memory_allocated(), torch.cuda.mem_get_info()[0]
     flux = model.model.diffusion_model
     broken = [*flux.double_blocks, *flux.single_blocks][block]
 
@@ -119,7 +119,9 @@ def test_after_a_prompt_that_ended_in_a_block_the_next_one_works(few, card, bloc
         handle.remove()
     near(sample(lean, **RUN), want)
     unload()
-    assert torch.cuda.mem_get_info()[0] >= free - 2**27
+    assert torch.cuda.memory_allocated() <= held + 2**23
+    # Recordings have memory that PyTorch does not count; what it took it gives back in chunks, if all of one is free.
+    assert torch.cuda.mem_get_info()[0] >= free - 2**28
 
 
 def test_memory_that_ends_in_the_modulation_pass(few, card, monkeypatch):
