@@ -184,7 +184,8 @@ def _run(side: Side, shape: Shape, checkpoint: Path, user: Path) -> dict[str, An
     import folder_paths
     from comfy_extras.nodes_torch_compile import TorchCompileModel
     from hotpath_pack.host.compiling.behind import HELPER
-    from hotpath_pack.host.compiling.compile import REGIONS, compile_repeated_blocks
+    from hotpath_pack.host.compiling.compile import compile_repeated_blocks
+    from hotpath_pack.host.compiling.regions import REGIONS
     from hotpath_pack.host.telling.progress import NodeText
     from hotpath_pack.hotpath.counters import graphs_so_far
     from hotpath_pack.hotpath.settings import CompileSettings

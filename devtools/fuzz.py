@@ -22,7 +22,7 @@ import comfy.sd
 import torch
 from torch import Tensor
 
-from ..host.compiling import compile as host_compile
+from ..host.compiling import regions as host_regions
 from ..host.compiling.compile import compile_repeated_blocks, compiled_blocks
 from ..host.quantizing.quantize import quantize_repeated_blocks
 from ..host.residency.offload import OffloadSettings, offload_repeated_blocks
@@ -168,7 +168,7 @@ class _World:
         self._devices = imitated_devices(3)
 
     def __enter__(self) -> _World:
-        self._regions = host_compile.REGIONS
+        self._regions = host_regions.REGIONS
         self._level = logging.root.manager.disable
         logging.disable(logging.WARNING)
         self._devices.start()
@@ -179,13 +179,13 @@ class _World:
         self._forget()
         self._devices.stop()
         logging.disable(self._level)
-        host_compile.REGIONS = self._regions
+        host_regions.REGIONS = self._regions
 
     def renew(self) -> None:
         """As after a start of the host."""
         self._forget()
         torch._dynamo.reset()
-        host_compile.REGIONS = RegionStore(capacity=self._regions.capacity)
+        host_regions.REGIONS = RegionStore(capacity=self._regions.capacity)
 
     def _forget(self) -> None:
         comfy.model_management.unload_all_models()

@@ -49,7 +49,7 @@ def main(arguments: Sequence[str]) -> int:
     import folder_paths
 
     folder_paths.set_user_directory(user)
-    from hotpath_pack.host.compiling.compile import REGIONS
+    from hotpath_pack.host.compiling.regions import REGIONS
     from hotpath_pack.hotpath.counters import graphs_so_far
 
     if kind == "wide":

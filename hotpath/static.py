@@ -18,6 +18,8 @@ from .internals.memory import users
 from .values import extent, lying_in
 
 _ALIGNMENT = 64
+# Of what is no nest, the most frequent.
+_PLAIN = {type(None), bool, int, float, str}
 
 
 class _Span(NamedTuple):
@@ -167,7 +169,9 @@ def rebuilt(value: Any, tensors: Sequence[Tensor]) -> Any:
 
 
 def _flatten(value: Any, tensors: list[Tensor], structure: list[Hashable]) -> None:
-    if isinstance(value, Tensor):
+    if type(value) in _PLAIN:
+        structure.append((type(value), value))
+    elif isinstance(value, Tensor):
         tensors.append(value)
         structure.append(Tensor)
     elif isinstance(value, Mapping):

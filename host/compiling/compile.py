@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import weakref
 from collections.abc import Callable, Collection, Hashable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import comfy.model_management
@@ -14,14 +14,11 @@ from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import CallbacksMP, WrappersMP
 from torch import Tensor, nn
 
-from ...hotpath.artifacts import NotKept
 from ...hotpath.attention import Attend, attention_scope
 from ...hotpath.compiled import Bind, Region
-from ...hotpath.failures import RegionFailed, belongs_to_host, reason_of
-from ...hotpath.region_store import RegionStore
+from ...hotpath.failures import RegionFailed, belongs_to_host
 from ...hotpath.settings import CompileSettings
 from ...hotpath.template import BlockPlan, NotHoistable
-from ...hotpath.values import input_kinds
 from ...hotpath.waiting import while_waiting
 from ..families import require_family, selected_blocks
 from ..families.kinds import BlockKind
@@ -29,15 +26,16 @@ from ..model_call import ModelCall
 from ..models import WHOLE_MODEL, compiled_by_another, is_compiled, require_model
 from ..residency.arriving import Arrivals
 from ..residency.weights import block_weights, in_place
-from ..telling.accounting import Route, block_name, routed, untouched
+from ..telling.accounting import Route, Untouched, block_name, routed
 from ..telling.ledger import Ledger
 from ..telling.progress import NodeText
-from .artifacts import kept_region, require_kept, unsupported
+from .artifacts import require_kept, unsupported
 from .boundary import GettingCode, MemoryMayEnd
 from .call import Call
 from .hosts_compiler import hosts_compiler_off
 from .known import KnownBlocks
 from .plans import Plans
+from .regions import RegionSource
 from .replay import NOT_AHEAD, Replays, unsafe_weights
 from .warming import Arguments, Example
 from .when import LATER, When, check_machine
@@ -45,7 +43,6 @@ from .when import LATER, When, check_machine
 WRAPPER_KEY = "hotpath_compile"
 _WHOLE = "another node compiles the whole model; remove one of the two"
 _SINGLE = "another node compiles this block by itself; remove one of the two"
-REGIONS = RegionStore(capacity=64)
 # What each compile node last made, by node id.
 LATEST: weakref.WeakValueDictionary[str | None, CompiledBlocks] = weakref.WeakValueDictionary()
 
@@ -131,8 +128,7 @@ class CompiledBlocks(Ledger):
         super().__init__(settings, text, Replays(settings, cuda_graphs))
         self.selected = selected
         self.on_failure = on_failure
-        self.cache = cache
-        self._failed: dict[Hashable, str] = {}
+        self._source = RegionSource(settings, cache)
         self.plans = Plans(fuses=settings.backend == "inductor")
         self._known = KnownBlocks()
         self._arrivals = Arrivals()
@@ -145,7 +141,7 @@ class CompiledBlocks(Ledger):
     def start(self, patcher: ModelPatcher) -> None:
         """A sampling run begins: what failed before is tried again, and blocks are those that are there now."""
         self.start_run()
-        self._failed.clear()
+        self._source.retry()
         self.replays.start(patcher)
         self.when.begin_run()
         diffusion_model: Any = patcher.model.diffusion_model
@@ -226,7 +222,7 @@ class CompiledBlocks(Ledger):
         return [block() for block in before] if len(blocks) < len(before) else list(blocks)
 
     def _run_block(self, call: Call, kind: BlockKind, index: int, block: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        with untouched(block) as routed_here:
+        with Untouched(block) as routed_here:
             if torch.compiler.is_compiling():
                 return block.forward(*args, **kwargs)
             comfy.model_management.throw_exception_if_processing_interrupted()
@@ -257,8 +253,9 @@ class CompiledBlocks(Ledger):
         Raises:
             NotHoistable, RegionFailed: it can't run so. Its inputs are as they were.
         """
+        getting_code = GettingCode(f"{kind.name} block")
         with ExitStack() as scope:
-            with GettingCode(f"{kind.name} block"):
+            with getting_code:
                 inputs = dict(zip(kind.parameters[: len(args)], args, strict=True))
                 inputs.update(kwargs)
                 activation = inputs[kind.activation]
@@ -272,18 +269,19 @@ class CompiledBlocks(Ledger):
             if plan.given:
                 vector = kind.interface.vector
                 inputs[vector] = {path: block.get_submodule(path)(inputs[vector]) for path in plan.given}
-            with GettingCode(f"{kind.name} block"):
+            with getting_code:
                 taken = kind.interface.region_inputs(inputs, activation, self.settings.dynamic != "never")
                 bind = kind.interface.bind_for(attend, activation)
                 way = bind, torch.is_inference_mode_enabled(), activation.device
-                known = None if streamed else scope.enter_context(self._known.found(plan, way, layers, taken))
+                known = None if streamed else self._known.found(plan, way, layers, taken, scope)
             replay = functools.partial(self.replays.run, call.graphs, kind.name, index, plan, layers, attend)
-            scope.enter_context(nullcontext() if attend is None else attention_scope(attend))
+            if attend is not None:
+                scope.enter_context(attention_scope(attend))
             if known is not None:
                 out = replay(streamed, known.graph, known.weights, taken, known.addresses)
                 call.account.ran_compiled(kind.name, index)
                 return out
-            with GettingCode(f"{kind.name} block"):
+            with getting_code:
                 streamed |= (arrived := scope.enter_context(in_place(layers, activation, self._arrivals.arriving)))
                 # What other packs' attention did can't be done twice.
                 if arrived and attend is None and self.on_failure == "eager":
@@ -308,7 +306,7 @@ class CompiledBlocks(Ledger):
                     self._known.note(plan, way, layers, graph, weights)
             else:
                 interrupt = comfy.model_management.throw_exception_if_processing_interrupted
-                with self._failing_once(key), while_waiting(interrupt):
+                with self._source.failing_once(key), while_waiting(interrupt):
                     out, cost = region.run(weights, taken, dims, check)
                 self.note_cost(region, cost)
                 if not region.ahead and self.replays.records_on(activation.device):
@@ -342,50 +340,19 @@ class CompiledBlocks(Ledger):
         """The region that the block runs as, its key, and what to do before it is compiled.
 
         Raises:
-            NotHoistable: there was none to be had before in this run.
+            NotHoistable, RegionFailed: as ``RegionSource.of``.
         """
-        name = f"{kind.name} block" if attend is None else f"patched {kind.name} block"
         device = inputs[kind.activation].device
-        kinds = input_kinds(inputs, shapes=self.settings.dynamic == "never")
-        dtypes = tuple(weight.dtype for weight in weights.values())
         # What is recorded needs guards that can be asked, as those of graphs compiled ahead of time can.
         ahead = self.replays.records_on(device)
-        key = (plan.key, bind, self.settings, kinds, dtypes, torch.is_inference_mode_enabled(), self.cache, ahead)
-        if key in self._failed:
-            raise NotHoistable(self._failed[key])
-
-        def make() -> Region:
-            kept, why_not = None, ""
-            unkept = NotKept() if ahead and not unsupported(self.settings, device) else None
-            if self.cache == "auto":
-                try:
-                    kept = kept_region(name, plan.template, bind, self.settings, kinds, dtypes, device)
-                # It can be compiled all the same.
-                except Exception as reason:
-                    why_not = f": {reason_of(reason)}"
-            region = Region(name, plan.template, bind, self.settings, kind.streams, kept or unkept, LATER.add)
-            region.stats.cache += why_not
-            return region
-
-        with self._failing_once(key), GettingCode(f"{kind.name} block"):
-            region = REGIONS.get(key, make)
+        region, key = self._source.of(kind, plan, bind, weights, inputs, attend, ahead)
 
         def check() -> None:
             if not region.compiled:
-                check_machine(region, device, dtypes)
+                check_machine(region, device, {weight.dtype for weight in weights.values()})
             self._announce(region)
 
         return region, key, check
-
-    @contextmanager
-    def _failing_once(self, key: Hashable) -> Iterator[None]:
-        """Trying again for each of the other blocks would fail as slowly each time."""
-        try:
-            yield
-        except RegionFailed as failure:
-            if not belongs_to_host(failure):
-                self._failed[key] = str(failure)
-            raise
 
     def _announce(self, region: Region) -> None:
         number = len(self.regions) + 1

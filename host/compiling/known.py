@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Hashable, Iterator
-from contextlib import contextmanager
+from collections.abc import Hashable
+from contextlib import ExitStack
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -40,12 +40,11 @@ class KnownBlocks:
             lent = {name: unowned(weight) for name, weight in weights.items()}
             self._known.setdefault(plan, {})[way] = Known(graph, lent, addresses_of(lent), places)
 
-    @contextmanager
-    def found(self, plan: BlockPlan, way: Hashable, layers: Layers, inputs: dict[str, Any]) -> Iterator[Known | None]:
-        """What is known of a block that would run the same way on ``inputs``; within the scope its weights stay."""
+    def found(
+        self, plan: BlockPlan, way: Hashable, layers: Layers, inputs: dict[str, Any], scope: ExitStack
+    ) -> Known | None:
+        """What is known of a block that would run the same way on ``inputs``; its weights stay until ``scope`` ends."""
         known = self._known.get(plan, {}).get(way)
-        if known is None:
-            yield None
-            return
-        with known.places.held(layers) as there:
-            yield known if there and known.graph.accepts(known.weights, inputs) else None
+        if known is None or not known.places.hold(layers, scope) or not known.graph.accepts(known.weights, inputs):
+            return None
+        return known

@@ -12,7 +12,7 @@ from torch import nn
 
 from ..families import named_blocks
 from ..model_call import ModelCall
-from ..telling.accounting import Route, has_own_forward, routed, untouched
+from ..telling.accounting import Route, Untouched, has_own_forward, routed
 from ..telling.progress import StepClock
 
 # By model, which is the same for clones with other patches.
@@ -45,7 +45,7 @@ def _noting(diffusion_model: nn.Module, missing: set[nn.Module]) -> AbstractCont
 
     def run(block: Any, *args: Any, **kwargs: Any) -> Any:
         missing.discard(block)
-        with untouched(block):
+        with Untouched(block):
             return block.forward(*args, **kwargs)
 
     blocks = [block for _, block in named_blocks(diffusion_model) if not has_own_forward(block)]

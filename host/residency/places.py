@@ -7,7 +7,7 @@ as it was, and with dynamic VRAM the pages too, the host would hand out the same
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack
 from dataclasses import fields
 from typing import Any, NamedTuple
 
@@ -54,15 +54,15 @@ class Places:
         known = {place.address for place in every}
         return all(weight.data_ptr() in known for weight in weights.values() if weight.numel())
 
-    @contextmanager
-    def held(self, layers: Layers) -> Iterator[bool]:
-        """Whether they are all still there, as they stay within the scope."""
+    def hold(self, layers: Layers, scope: ExitStack) -> bool:
+        """Whether they are all still there, as they then stay until ``scope`` ends."""
+        if not self._there(layers):
+            return False
+        if not self._paged:
+            return True
         pinned: list[Any] = []
-        try:
-            yield self._there(layers) and (not self._paged or _resident(layers, pinned))
-        finally:
-            for pages in pinned:
-                comfy_aimdo.model_vbar.vbar_unpin(pages)
+        scope.callback(_unpin, pinned)
+        return _resident(layers, pinned)
 
     def _there(self, layers: Layers) -> bool:
         # Asked before each call of a block.
@@ -124,6 +124,11 @@ def _inner(value: Any) -> list[tuple[str, ...]]:
         return [()]
     params = [each.name for each in fields(value._params) if isinstance(getattr(value._params, each.name), Tensor)]
     return [("_qdata",), *(("_params", name) for name in params)]
+
+
+def _unpin(pinned: list[Any]) -> None:
+    for pages in pinned:
+        comfy_aimdo.model_vbar.vbar_unpin(pages)
 
 
 def _resident(layers: Layers, pinned: list[Any]) -> bool:

@@ -148,13 +148,20 @@ def has_own_forward(block: nn.Module) -> bool:
     return "forward" in block.__dict__ and not isinstance(block.__dict__["forward"], Around)
 
 
-@contextmanager
-def untouched(block: nn.Module) -> Iterator[bool]:
+class Untouched:
     """A scope in which a routed block looks as it was, to a plan, to a tracer and to whatever runs inside it; whether
     it was routed by its own ``forward``, and not within something around it."""
-    forward = block.__dict__.pop("forward", None)
-    try:
-        yield forward is not None
-    finally:
-        if forward is not None:
-            block.__dict__["forward"] = forward
+
+    # Entered before each call of a block.
+    __slots__ = ("_block", "_forward")
+
+    def __init__(self, block: nn.Module) -> None:
+        self._block = block
+
+    def __enter__(self) -> bool:
+        self._forward = self._block.__dict__.pop("forward", None)
+        return self._forward is not None
+
+    def __exit__(self, *raised: object) -> None:
+        if self._forward is not None:
+            self._block.__dict__["forward"] = self._forward

@@ -12,7 +12,8 @@ from comfy.patcher_extension import WrappersMP
 from server import PromptServer
 
 from ...hotpath.compiled import Region
-from ..compiling.compile import LATEST, REGIONS, CompiledBlocks, compiled_blocks
+from ..compiling.compile import LATEST, CompiledBlocks, compiled_blocks
+from ..compiling.regions import REGIONS
 from ..models import require_model
 from ..quantizing.quantize import quantization, quantizations
 from ..residency.modulation import LATEST as LATEST_AHEAD

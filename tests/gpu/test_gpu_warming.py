@@ -19,6 +19,7 @@ def test_the_first_step_on_a_card_finds_ready_what_it_needs(dynamic, format, tmp
     """At the width of Flux.1-dev."""
     import folder_paths
     from hotpath_pack.host.compiling import compile as host_compile
+    from hotpath_pack.host.compiling import regions as host_regions
     from hotpath_pack.host.compiling import warming
     from hotpath_pack.host.compiling.when import LATER
     from hotpath_pack.host.telling.progress import NodeText
@@ -27,7 +28,7 @@ def test_the_first_step_on_a_card_finds_ready_what_it_needs(dynamic, format, tmp
     monkeypatch.setattr(folder_paths, "user_directory", str(tmp_path))
     # Keys of regions that another test compiled would be the same.
     regions = RegionStore(capacity=8)
-    monkeypatch.setattr(host_compile, "REGIONS", regions)
+    monkeypatch.setattr(host_regions, "REGIONS", regions)
     model = gpu_host.load(1, 1, torch.bfloat16, dynamic=dynamic, **WIDE)
     if format is not None:
         model = gpu_host.quantize(model, format)

@@ -28,7 +28,7 @@ import sweeps  # noqa: E402
 import torch  # noqa: E402
 from comfy.ops import CastWeightBiasOp  # noqa: E402
 from hotpath_pack.devtools import checkpoints  # noqa: E402
-from hotpath_pack.host.compiling import compile as host_compile  # noqa: E402
+from hotpath_pack.host.compiling import regions as host_regions  # noqa: E402
 from hotpath_pack.hotpath.region_store import RegionStore  # noqa: E402
 from sampling import load  # noqa: E402
 
@@ -57,7 +57,7 @@ def traced_by_autograd_too(request):
 def regions(monkeypatch):
     """Regions of this test alone."""
     store = RegionStore(capacity=64)
-    monkeypatch.setattr(host_compile, "REGIONS", store)
+    monkeypatch.setattr(host_regions, "REGIONS", store)
     return store
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from hotpath_pack.devtools import checkpoints
 from hotpath_pack.devtools.newest_host import is_newest
-from hotpath_pack.host.compiling import compile as host_compile
+from hotpath_pack.host.compiling import regions as host_regions
 from hotpath_pack.host.compiling.compile import compile_repeated_blocks
 from hotpath_pack.host.quantizing.quantize import quantize_repeated_blocks
 from hotpath_pack.hotpath import graphs
@@ -69,7 +69,7 @@ def test_blocks_are_kept_with_their_norms_as_plain_operations(tmp_path, monkeypa
         lambda name, **held: calls.append(name) or find(name, **held),
     )
     for cache in ("miss: nothing was stored yet", "hit"):
-        monkeypatch.setattr(host_compile, "REGIONS", RegionStore(capacity=64))
+        monkeypatch.setattr(host_regions, "REGIONS", RegionStore(capacity=64))
         fast = compile_repeated_blocks(model, CompileSettings(), "all", "all", "error", Texts(), "auto")
         calls.clear()
         assert (sample(fast) - want).abs().max() <= TOLERANCE

@@ -9,6 +9,7 @@ import pytest
 import torch
 from hotpath_pack.host.compiling import compile as host_compile
 from hotpath_pack.host.compiling import plans, when
+from hotpath_pack.host.compiling import regions as host_regions
 from hotpath_pack.hotpath import compiled as engine
 from hotpath_pack.hotpath.artifacts import Kept, Store
 from hotpath_pack.hotpath.compiled import Region
@@ -25,8 +26,8 @@ SEAMS = {
     "layers": (plans, "plain_layers"),
     "weights": (host_compile, "block_weights"),
     "in place": (host_compile, "in_place"),
-    "kinds": (host_compile, "input_kinds"),
-    "store": (host_compile, "kept_region"),
+    "kinds": (host_regions, "input_kinds"),
+    "store": (host_regions, "kept_region"),
     "preflight": (when, "compile_problems"),
     "region": (engine, "call_placed"),
     "options": (engine.torch, "compile"),

@@ -7,7 +7,7 @@ import torch
 from changes import with_lora
 from hotpath_pack.devtools import checkpoints, family_models, gguf_pack
 from hotpath_pack.host.compiling import artifacts
-from hotpath_pack.host.compiling import compile as host_compile
+from hotpath_pack.host.compiling import regions as host_regions
 from hotpath_pack.host.compiling.compile import compile_repeated_blocks
 from hotpath_pack.host.compiling.when import LATER
 from hotpath_pack.host.families.flux import bind_cudnn, bind_opaque, bind_traced
@@ -35,7 +35,7 @@ def restart(monkeypatch):
 
     def start():
         LATER.wait()
-        monkeypatch.setattr(host_compile, "REGIONS", RegionStore(capacity=64))
+        monkeypatch.setattr(host_regions, "REGIONS", RegionStore(capacity=64))
 
     return start
 

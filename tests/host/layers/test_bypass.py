@@ -7,7 +7,7 @@ import pytest
 import torch
 from hotpath_pack.devtools import checkpoints
 from hotpath_pack.devtools.adapters import adapter
-from hotpath_pack.host.compiling import compile as host_compile
+from hotpath_pack.host.compiling import regions as host_regions
 from hotpath_pack.host.compiling.compile import compile_repeated_blocks
 from hotpath_pack.host.compiling.when import LATER
 from hotpath_pack.host.quantizing.quantize import quantize_repeated_blocks
@@ -171,7 +171,7 @@ def test_kept_graphs_serve_another_lora_in_the_next_start(flux, flux_weights, tm
     model = bypass(flux, flux_weights, "lora", 0.5)
     assert_parity(model, kept(model))
     LATER.wait()
-    monkeypatch.setattr(host_compile, "REGIONS", RegionStore(capacity=64))
+    monkeypatch.setattr(host_regions, "REGIONS", RegionStore(capacity=64))
     other = bypass(flux, flux_weights, "lora", 0.9, rank=6, seed=4)
     with Counting() as counting:
         fast = kept(other)
