@@ -35,9 +35,9 @@ class Texts(NodeText):
         self.last.update(state=state, reasons=list(reasons), facts=facts)
 
 
-def compiled(model, double="all", single="all", on_failure="error", text=None, blocks="all", **changes):
-    settings = replace(SETTINGS, **changes)
-    return compile_repeated_blocks(model, settings, double, single, on_failure, text or Texts(), other_blocks=blocks)
+def compiled(model, double="all", single="all", on_failure="error", text=None, blocks="all", cache="off", **changes):
+    settings, text = replace(SETTINGS, **changes), text or Texts()
+    return compile_repeated_blocks(model, settings, double, single, on_failure, text, cache, other_blocks=blocks)
 
 
 def compiled_blocks(model):

@@ -13,7 +13,7 @@ from hotpath_pack.host.compiling import regions as host_regions
 from hotpath_pack.hotpath import compiled as engine
 from hotpath_pack.hotpath.artifacts import Kept, Store
 from hotpath_pack.hotpath.compiled import Region
-from hotpath_pack.hotpath.failures import RegionFailed
+from hotpath_pack.hotpath.failures import RegionFailed, reason_of
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from sampling import Texts, assert_parity, compiled, compiled_blocks, sample
@@ -103,13 +103,14 @@ def test_any_error_in_any_seam_runs_eager_and_is_told_once(flux, regions, caplog
     want = sample(flux)
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(where, name, raises)
-        fast = compiled(flux, backend="eager", on_failure="eager", text=text)
-        compiled_blocks(fast).cache = "auto" if seam == "store" else "off"
+        cache = "auto" if seam == "store" else "off"
+        fast = compiled(flux, backend="eager", on_failure="eager", text=text, cache=cache)
         got = sample(fast)
     counts = compiled_blocks(fast).account.counts
     if seam == "store":
         # It is compiled all the same.
         assert counts["compiled"] == 5 and torch.allclose(want, got, atol=1e-4)
+        assert all(reason_of(error) in region.stats.cache for region in compiled_blocks(fast).regions)
         return
     assert torch.equal(want, got), "eager to the bit"
     assert (counts["compiled"], counts["eager"], counts["not_run"]) == (0, 5, 0)
@@ -191,7 +192,7 @@ def test_what_a_patch_around_attention_raises_passes_through(flux, error):
         with pytest.raises(type(error)) as raised:
             sample(fast)
         assert raised.value is error
-    assert compiled_blocks(fast)._failed == {}
+    assert compiled_blocks(fast)._source._failed == {}
 
 
 @pytest.mark.parametrize("on_failure", ["eager", "error"])
