@@ -14,11 +14,11 @@ from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import CallbacksMP, WrappersMP
 from torch import Tensor, nn
 
-from ...hotpath.attention import Attend, attention_scope
+from ...hotpath.attention import attention_scope
 from ...hotpath.compiled import Bind, Region
 from ...hotpath.failures import RegionFailed, belongs_to_host
 from ...hotpath.settings import CompileSettings
-from ...hotpath.template import BlockPlan, NotHoistable
+from ...hotpath.template import NotHoistable
 from ...hotpath.waiting import while_waiting
 from ..families import require_family, selected_blocks
 from ..families.kinds import BlockKind
@@ -292,8 +292,8 @@ class CompiledBlocks(Ledger):
                 # For whatever else is in the key of a region its graphs have guards.
                 graph = None if region is None else region.proven_graph(weights, taken)
                 if graph is None:
-                    region, key, check = self._region(kind, plan, bind, weights, taken, attend)
                     given = Arguments(kind, plan, attend, weights, taken)
+                    region, key, check = self._region(given, bind)
                     check = self.when.settle(region, given, functools.partial(self._announce, region), check)
                     graph = region.proven_graph(weights, taken)
                     dims = given.token_dims
@@ -320,36 +320,24 @@ class CompiledBlocks(Ledger):
 
     def prepare(self, example: Example, weights: dict[str, Tensor], inputs: dict[str, Any]) -> None:
         """Have compiled what a block like ``example`` will need, ahead of it."""
-        kind, plan, attend = example.kind, example.plan, example.attend
-        activation = inputs[kind.activation]
+        kind, activation = example.kind, inputs[example.kind.activation]
         taken = kind.interface.region_inputs(inputs, activation, self.settings.dynamic != "never")
-        bind = kind.interface.bind_for(attend, activation)
-        region, _, _ = self._region(kind, plan, bind, weights, taken, attend)
-        check = functools.partial(check_machine, region, activation.device, {it.dtype for it in weights.values()})
-        self.when.get_ready(region, Arguments(kind, plan, attend, weights, taken), check)
+        given = Arguments(kind, example.plan, example.attend, weights, taken)
+        region, _, _ = self._region(given, kind.interface.bind_for(given.attend, activation))
+        self.when.get_ready(region, given, functools.partial(check_machine, region, given.device, given.dtypes))
 
-    def _region(
-        self,
-        kind: BlockKind,
-        plan: BlockPlan,
-        bind: Bind,
-        weights: dict[str, Tensor],
-        inputs: dict[str, Any],
-        attend: Attend | None,
-    ) -> tuple[Region, Hashable, Callable[[], None]]:
+    def _region(self, given: Arguments, bind: Bind) -> tuple[Region, Hashable, Callable[[], None]]:
         """The region that the block runs as, its key, and what to do before it is compiled.
 
         Raises:
             NotHoistable, RegionFailed: as ``RegionSource.of``.
         """
-        device = inputs[kind.activation].device
         # What is recorded needs guards that can be asked, as those of graphs compiled ahead of time can.
-        ahead = self.replays.records_on(device)
-        region, key = self._source.of(kind, plan, bind, weights, inputs, attend, ahead)
+        region, key = self._source.of(given, bind, ahead=self.replays.records_on(given.device))
 
         def check() -> None:
             if not region.compiled:
-                check_machine(region, device, {weight.dtype for weight in weights.values()})
+                check_machine(region, given.device, given.dtypes)
             self._announce(region)
 
         return region, key, check

@@ -4,22 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
-from torch import Tensor
 
 from ...hotpath.artifacts import NotKept
-from ...hotpath.attention import Attend
 from ...hotpath.compiled import Bind, Region
 from ...hotpath.failures import RegionFailed, belongs_to_host, reason_of
 from ...hotpath.region_store import RegionStore
 from ...hotpath.settings import CompileSettings
-from ...hotpath.template import BlockPlan, NotHoistable
+from ...hotpath.template import NotHoistable
 from ...hotpath.values import input_kinds
-from ..families.kinds import BlockKind
 from .artifacts import kept_region, unsupported
 from .boundary import GettingCode
+from .warming import Arguments
 from .when import LATER
 
 REGIONS = RegionStore(capacity=64)
@@ -40,17 +37,8 @@ class RegionSource:
         """Try again what failed."""
         self._failed.clear()
 
-    def of(
-        self,
-        kind: BlockKind,
-        plan: BlockPlan,
-        bind: Bind,
-        weights: dict[str, Tensor],
-        inputs: dict[str, Any],
-        attend: Attend | None,
-        ahead: bool,
-    ) -> tuple[Region, Hashable]:
-        """The region for a block with this ``plan`` and these arguments, and its key.
+    def of(self, given: Arguments, bind: Bind, ahead: bool) -> tuple[Region, Hashable]:
+        """The region to call as ``given`` with inputs that ``bind`` binds, and its key.
 
         Args:
             ahead: it is to be compiled ahead of time, whether it is kept or not.
@@ -59,10 +47,10 @@ class RegionSource:
             NotHoistable: it failed before in this run.
             RegionFailed: there is none to be had.
         """
-        name = f"{kind.name} block" if attend is None else f"patched {kind.name} block"
-        device = inputs[kind.activation].device
-        kinds = input_kinds(inputs, shapes=self._settings.dynamic == "never")
-        dtypes = tuple(weight.dtype for weight in weights.values())
+        kind, plan, device = given.kind, given.plan, given.device
+        name = f"{kind.name} block" if given.attend is None else f"patched {kind.name} block"
+        kinds = input_kinds(given.inputs, shapes=self._settings.dynamic == "never")
+        dtypes = tuple(weight.dtype for weight in given.weights.values())
         key = (plan.key, bind, self._settings, kinds, dtypes, torch.is_inference_mode_enabled(), self._cache, ahead)
         if key in self._failed:
             raise NotHoistable(self._failed[key])

@@ -64,6 +64,15 @@ class Arguments:
     def token_dims(self) -> dict[str, tuple[int, ...]]:
         return self.kind.interface.token_dims(self.inputs)
 
+    @property
+    def device(self) -> torch.device:
+        device: torch.device = self.inputs[self.kind.activation].device
+        return device
+
+    @property
+    def dtypes(self) -> set[torch.dtype]:
+        return {weight.dtype for weight in self.weights.values()}
+
 
 Prepare = Callable[[Example, dict[str, Any], dict[str, Any]], None]
 """Has the region of an example with these weights and inputs compiled."""

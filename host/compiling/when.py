@@ -16,7 +16,6 @@ from ...hotpath.later import Later
 from ...hotpath.preflight import compile_problems
 from ...hotpath.starting import start_compiler
 from ...hotpath.template import BlockPlan, NotHoistable
-from ...hotpath.values import device_of
 from ..families.kinds import BlockKind
 from ..residency.weights import Layers
 from ..telling.progress import running_prompt
@@ -70,7 +69,7 @@ class When:
         def begin() -> None:
             check()
             self._warming.compiles(given.kind)
-            start_compiler(device_of(given.inputs))
+            start_compiler(given.device)
 
         region.prepare(given.weights, given.inputs, given.token_dims, begin)
 
@@ -112,7 +111,7 @@ def _job(region: Region, given: Arguments) -> Job:
         region=kept.region,
         folder=kept.store.folder,
         facts=dict(kept.facts()),
-        device=str(device_of(given.inputs)),
+        device=str(given.device),
         threads=torch.get_num_threads(),
         weights=describe_tensors(given.weights),
         inputs=describe_tensors(given.inputs),
