@@ -204,7 +204,6 @@ def _load_kernels(kernels: Mapping[str, bytes], scratch: Path) -> dict[str, Call
 
 def _runnable(entry: Any, kernels: Mapping[str, Callable[..., Any]]) -> Callable[..., Any]:
     """What ``entry`` was made from, with Inductor's code loaded from its own text rather than from a cache folder."""
-    import torch._inductor.debug
     from torch._functorch import config as functorch_config
     from torch._inductor import config
     from torch._inductor.async_compile import AsyncCompile
@@ -221,6 +220,8 @@ def _runnable(entry: Any, kernels: Mapping[str, Callable[..., Any]]) -> Callable
 
     # A graph that is as if just compiled: PyTorch would look for the code of its own class elsewhere.
     own = {name: value for name, value in vars(CompiledFxGraph).items() if name not in ("__dict__", "__weakref__")}
+    # What its own does beside it is for what was compiled here, and imports most of Inductor.
+    own["__call__"] = lambda self, inputs: self.current_callable(inputs)
     loaded = type("LoadedGraph", CompiledFxGraph.__bases__, own)
 
     graph = entry.compiled_fw.result
