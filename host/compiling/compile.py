@@ -25,7 +25,8 @@ from ..families.kinds import BlockKind
 from ..model_call import ModelCall
 from ..models import WHOLE_MODEL, compiled_by_another, is_compiled, require_model
 from ..residency.arriving import Arrivals
-from ..residency.weights import block_weights, in_place
+from ..residency.offload import KEY as OFFLOAD_KEY
+from ..residency.weights import block_weights, in_place, is_away
 from ..telling.accounting import Route, Untouched, block_name, routed
 from ..telling.ledger import Ledger
 from ..telling.progress import NodeText
@@ -132,6 +133,7 @@ class CompiledBlocks(Ledger):
         self.plans = Plans(fuses=settings.backend == "inductor")
         self._known = KnownBlocks()
         self._arrivals = Arrivals()
+        self._offloads = False
         self._blocks: weakref.WeakKeyDictionary[nn.Module, dict[str, list[Any]]] = weakref.WeakKeyDictionary()
         self.when = When(when)
         if earlier := LATEST.get(text.node_id):
@@ -147,6 +149,7 @@ class CompiledBlocks(Ledger):
         diffusion_model: Any = patcher.model.diffusion_model
         blocks = {kind.name: kind.blocks(diffusion_model) for kind in self.selected}
         self._blocks[diffusion_model] = {name: [weakref.ref(it) for it in each] for name, each in blocks.items()}
+        self._offloads = bool(patcher.get_wrappers(WrappersMP.APPLY_MODEL, OFFLOAD_KEY))
         self._arrivals.start(patcher, self.plans.layers(self.selected, diffusion_model))
 
     def unload(self, patcher: ModelPatcher, unpatch_all: bool) -> None:
@@ -283,6 +286,9 @@ class CompiledBlocks(Ledger):
                 return out
             with getting_code:
                 streamed |= (arrived := scope.enter_context(in_place(layers, activation, self._arrivals.arriving)))
+                away = arrived or any(is_away(layer, activation.device) for _, layer, _ in layers)
+                if away and not self._offloads:
+                    call.account.weights_copied(kind.name, index)
                 # What other packs' attention did can't be done twice.
                 if arrived and attend is None and self.on_failure == "eager":
                     scope.enter_context(MemoryMayEnd(taken))

@@ -24,7 +24,7 @@ from ...hotpath.recorded import Addresses, Graph, Recordings
 from ...hotpath.settings import CUDA_GRAPH_MODES, CompileSettings
 from ..layers.bypass import in_bypass
 from ..layers.gguf import FINISHED
-from ..residency.weights import Layers
+from ..residency.weights import Layers, is_away
 
 CHOICES = ("auto", "off")
 # The host asks for a tenth more memory than it expects to need; what is kept between runs is to fit into that.
@@ -217,10 +217,6 @@ def unsafe_weights(layers: Layers, device: torch.device) -> str | None:
             return FUNCTIONS
         if in_bypass(layer):
             return BYPASS
-        prefetch = held.get("_prefetch")
-        if prefetch is not None:
-            if prefetch["signature"] is None:
-                return CAST
-        elif any(value is not None and value.device != device for value in layer._parameters.values()):
+        if is_away(layer, device):
             return CAST
     return None

@@ -132,6 +132,14 @@ def in_place(layers: Layers, like: Tensor, arriving: Arriving) -> AbstractContex
     return _faulted_in(missing, like.device) if missing else nullcontext(False)
 
 
+def is_away(layer: nn.Module, device: torch.device) -> bool:
+    """Whether the host has to copy weights of ``layer``, in use on ``device``, there each time they are used."""
+    prefetch = layer.__dict__.get("_prefetch")
+    if prefetch is not None:
+        return prefetch["signature"] is None
+    return any(value is not None and value.device != device for value in layer._parameters.values())
+
+
 def block_weights(layers: Layers, like: Tensor) -> dict[str, Tensor]:
     """The weights of ``layers`` as the host would use them now, by parameter path.
 

@@ -33,6 +33,7 @@ class CallAccount:
         self.entered = False
         self._compiled: set[tuple[str, int]] = set()
         self._eager: set[tuple[str, int]] = set()
+        self._copied: set[tuple[str, int]] = set()
 
     def ran_compiled(self, kind: str, index: int) -> None:
         self.entered = True
@@ -43,6 +44,15 @@ class CallAccount:
         self.entered |= entered
         self._eager.add((kind, index))
         self.eager.setdefault(reason, set()).add(block_name(kind, index))
+
+    def weights_copied(self, kind: str, index: int) -> None:
+        """The block runs with weights that are copied to the device for this call alone."""
+        self._copied.add((kind, index))
+
+    @property
+    def copied(self) -> int:
+        """For how many blocks weights were copied."""
+        return len(self._copied)
 
     def all_eager(self, reason: str) -> None:
         """The model runs by code that this pack has no part in."""

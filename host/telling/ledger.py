@@ -24,6 +24,8 @@ log = logging.getLogger(__name__)
 
 # As many reasons are shown at once.
 _FEW = 3
+_COPIED = "weights of {} blocks are copied to the device at each step"
+_COPIED_AHEAD = "put Offload Repeated Blocks before this node, which copies them while other blocks compute"
 
 
 class Ledger:
@@ -93,6 +95,8 @@ class Ledger:
         parts += [f"did not run: {reason} ({which(names)})" for reason, names in account.not_run.items()]
         if account.eager and unknown_structure():
             parts.append(unknown_structure())
+        if account.copied:
+            parts.append(f"{_COPIED.format(account.copied)}: {_COPIED_AHEAD}")
         if self.replays.summary():
             parts.append(self.replays.summary())
         return "; ".join(parts)
@@ -159,4 +163,6 @@ class Ledger:
         if account.eager and unknown_structure():
             reasons.append((unknown_structure(), ""))
         reasons += [(f"{which(names)} did not run: {reason}", "") for reason, names in account.not_run.items()]
+        if account.copied:
+            reasons.append((_COPIED.format(account.copied), _COPIED_AHEAD))
         self.text.show(self.summary(), state, reasons, **facts)

@@ -16,7 +16,7 @@ from hotpath_pack.hotpath.compiled import Region
 from hotpath_pack.hotpath.failures import RegionFailed, reason_of
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
-from sampling import Texts, assert_parity, compiled, compiled_blocks, sample
+from sampling import Texts, assert_parity, compiled, compiled_blocks, offloaded, sample
 from torch._dynamo import register_backend
 from torch._dynamo.exc import InternalTorchDynamoError
 
@@ -165,6 +165,20 @@ def test_where_weights_only_arrive_a_block_without_memory_runs_a_layer_at_a_time
                     sample(fast)
         assert_parity(flux, fast)
         assert compiled_blocks(fast).account.counts["compiled"] == 5, "the next run can"
+
+
+@pytest.mark.parametrize("offload", [False, True])
+def test_that_weights_are_copied_at_each_step_is_told_with_what_to_do_about_it(flux, monkeypatch, offload):
+    text = Texts()
+    fast = compiled(offloaded(flux, "in place") if offload else flux, text=text)
+    sample(fast)
+    assert compiled_blocks(fast).account.copied == 0
+    monkeypatch.setattr(host_compile, "in_place", lambda *_: nullcontext(True))
+    sample(fast)
+    assert compiled_blocks(fast).account.copied == (0 if offload else 5)
+    told = [reason for reason, advice in text.last["reasons"] if "Offload Repeated Blocks" in advice]
+    assert told == ([] if offload else ["weights of 5 blocks are copied to the device at each step"])
+    assert text.last["state"] == "compiled" and all(reason in text.seen[-1] for reason in told)
 
 
 def no_memory():
