@@ -96,10 +96,12 @@ def first_steps(file: str = "start_h200") -> str:
     }
     rows = []
     seen = read(file)["sides"]
-    for name in [name for name in shown if name in seen]:
+    for name, title in shown.items():
+        if name not in seen:
+            continue
         (run,) = seen[name]
         graphs = str(run["graphs"]) if name != "eager" else ""
-        rows.append([shown[name], f"{run['first']:.1f} s", graphs, str(run["processes"])])
+        rows.append([title, f"{run['first']:.1f} s", graphs, str(run["processes"])])
     return markdown(["H200, first step after a start", "Takes", "Graphs compiled", "Processes started"], rows)
 
 

@@ -150,7 +150,7 @@ class CompiledBlocks(Ledger):
         blocks = {kind.name: kind.blocks(diffusion_model) for kind in self.selected}
         self._blocks[diffusion_model] = {name: [weakref.ref(it) for it in each] for name, each in blocks.items()}
         self._offloads = bool(patcher.get_wrappers(WrappersMP.APPLY_MODEL, OFFLOAD_KEY))
-        self._arrivals.start(patcher, self.plans.layers(self.selected, diffusion_model))
+        self._arrivals.start(patcher, functools.partial(self.plans.layers, self.selected, diffusion_model))
 
     def unload(self, patcher: ModelPatcher, unpatch_all: bool) -> None:
         """The host unloads the model, for good when ``unpatch_all``, and wants memory for another."""
@@ -286,8 +286,7 @@ class CompiledBlocks(Ledger):
                 return out
             with getting_code:
                 streamed |= (arrived := scope.enter_context(in_place(layers, activation, self._arrivals.arriving)))
-                away = arrived or any(is_away(layer, activation.device) for _, layer, _ in layers)
-                if away and not self._offloads:
+                if not self._offloads and (arrived or any(is_away(it, activation.device) for _, it, _ in layers)):
                     call.account.weights_copied(kind.name, index)
                 # What other packs' attention did can't be done twice.
                 if arrived and attend is None and self.on_failure == "eager":

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 import comfy.model_management
@@ -27,25 +27,26 @@ class Arrivals:
     def __init__(self) -> None:
         self._landings: dict[torch.device, _Landing] = {}
 
-    def start(self, patcher: ModelPatcher, blocks: Sequence[Sequence[nn.Module]]) -> None:
-        """The model of ``patcher`` is loaded, and ``arriving`` will be asked for these layers, block by block."""
+    def start(self, patcher: ModelPatcher, layers: Callable[[], Sequence[Sequence[nn.Module]]]) -> None:
+        """The model of ``patcher`` is loaded, and ``arriving`` will be asked for these ``layers``, block by block."""
         device = patcher.load_device
         # Blocks that Offload streams are there when they run. Without streams of the host's none are wanted.
         if patcher.is_dynamic() or isinstance(patcher, LeavesOut) or not comfy.model_management.NUM_STREAMS:
             return
-        landing = self._landings.pop(device, None)
-        if not _most_away(blocks, device):
+        landing, blocks = self._landings.pop(device, None), layers()
+        size = _most_away(blocks, device)
+        if not size:
             return
         # The host pins what a load leaves in RAM, until any clone goes, and not what an earlier load left there.
         for key, parameter in patcher.model.named_parameters():
             if parameter.device != device:
                 patcher.pin_weight_to_device(key)
-        had = room = landing.size if landing else 0
-        # Of what leaves for them a block may have more than any had away before.
-        while room < (size := _most_away(blocks, device)):
+        room = landing.size if landing else 0
+        while room < size:
             patcher.partially_unload(patcher.offload_device, _PLACES * (size - room))
-            room = size
-        if landing is None or room > had:
+            # Of what left for them a block may have more than any had away before.
+            room, size = size, _most_away(blocks, device)
+        if landing is None or landing.size < room:
             del landing
             try:
                 landing = _Landing(copy_engine(device), device, room)

@@ -120,8 +120,7 @@ def test_after_a_prompt_that_ended_in_a_block_the_next_one_works(few, card, bloc
     near(sample(lean, **RUN), want)
     unload()
     assert torch.cuda.memory_allocated() <= held + 2**23
-    # Recordings have memory that PyTorch does not count; what it took it gives back in chunks, if all of one is free.
-    assert torch.cuda.mem_get_info()[0] >= free - 2**28
+    assert torch.cuda.mem_get_info()[0] >= free - 2**27
 
 
 def test_memory_that_ends_in_the_modulation_pass(few, card, monkeypatch):

@@ -83,7 +83,7 @@ def test_weights_are_there_for_the_scope_and_their_memory_after_it(engine):
     away, there = layers()
     before = {**away._parameters}, {**there._parameters}
     arrivals = Arrivals()
-    arrivals.start(Patcher(), [[away], [there]])
+    arrivals.start(Patcher(), lambda: [[away], [there]])
     for turn in range(4):
         with arrivals.arriving([away, there], DEVICE) as for_now:
             assert for_now and {parameter.device for parameter in (away.weight, away.bias)} == {DEVICE}
@@ -97,7 +97,7 @@ def test_weights_are_there_for_the_scope_and_their_memory_after_it(engine):
 def test_what_fails_within_leaves_them_as_they_were(engine):
     away, _ = layers()
     arrivals, before = Arrivals(), away.weight
-    arrivals.start(Patcher(), [[away]])
+    arrivals.start(Patcher(), lambda: [[away]])
     with pytest.raises(RuntimeError, match="within"), arrivals.arriving([away], DEVICE):
         raise RuntimeError("within")
     assert away.weight is before
@@ -107,13 +107,13 @@ def test_the_host_leaves_memory_for_two_blocks_once(engine):
     away, there = layers()
     patcher, arrivals = Patcher(), Arrivals()
     patcher.unloads = [(there, weight())]
-    arrivals.start(patcher, [[away], [there]])
+    arrivals.start(patcher, lambda: [[away], [there]])
     assert patcher.asked == [2 * 2 * ALIGNMENT]
     with arrivals.arriving([there], DEVICE) as for_now:
         assert for_now and there.weight.device == DEVICE
-    arrivals.start(patcher, [[away], [there]])
+    arrivals.start(patcher, lambda: [[away], [there]])
     assert len(patcher.asked) == 1, "in the next run it is there"
-    arrivals.start(patcher, [[away, comfy.ops.manual_cast.Linear(4, 4)]])
+    arrivals.start(patcher, lambda: [[away, comfy.ops.manual_cast.Linear(4, 4)]])
     assert patcher.asked[1:] == [2 * 2 * ALIGNMENT], "what it has it keeps"
     assert set(patcher.pinned) == {"away"}
     arrivals.drop(DEVICE)
@@ -126,7 +126,7 @@ def test_what_leaves_for_two_blocks_is_counted_too(engine):
     away, there = layers()
     patcher, arrivals = Patcher(), Arrivals()
     patcher.unloads = [(there, weight())]
-    arrivals.start(patcher, [[away, there]])
+    arrivals.start(patcher, lambda: [[away, there]])
     assert patcher.asked == [2 * 2 * ALIGNMENT, 2 * ALIGNMENT]
     with arrivals.arriving([away, there], DEVICE):
         assert {away.weight.device, away.bias.device, there.weight.device} == {DEVICE}
@@ -135,7 +135,7 @@ def test_what_leaves_for_two_blocks_is_counted_too(engine):
 def test_what_does_not_fit_stays(engine):
     away, _ = layers()
     arrivals = Arrivals()
-    arrivals.start(Patcher(), [[away]])
+    arrivals.start(Patcher(), lambda: [[away]])
     more = comfy.ops.manual_cast.Linear(4, 4)
     weights = away.weight, more.weight
     with arrivals.arriving([away, more], DEVICE) as for_now:
@@ -153,7 +153,7 @@ def test_where_none_arrive_the_host_is_asked_for_nothing(engine, monkeypatch, wh
         # As with the host's --disable-async-offload.
         monkeypatch.setattr(comfy.model_management, "NUM_STREAMS", 0)
     if why == "all there":
-        arrivals.start(patcher, [[away]])
+        arrivals.start(patcher, lambda: [[away]])
         patcher.asked.clear()
     if why == "no memory":
 
@@ -161,7 +161,7 @@ def test_where_none_arrive_the_host_is_asked_for_nothing(engine, monkeypatch, wh
             raise torch.OutOfMemoryError
 
         monkeypatch.setattr(arriving, "_Landing", full)
-    arrivals.start(patcher, [[there if why == "all there" else away]])
+    arrivals.start(patcher, lambda: [[there if why == "all there" else away]])
     assert len(patcher.asked) == (why == "no memory")
     before = away.weight
     with arrivals.arriving([away, there], DEVICE) as for_now:
