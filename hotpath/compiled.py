@@ -35,7 +35,6 @@ from .reasons import plain_reason
 from .settings import CompileSettings
 from .starting import start_workers
 from .stats import NO_COST, Cost, RegionStats
-from .toolchain import named_user
 from .turns import Turn
 from .values import Copies, bounded, device_of, mark_dynamic, tensors_in, varying_dims
 
@@ -78,8 +77,7 @@ class Region:
 
         self._region: Any = region
         self._dynamic = False if settings.dynamic == "never" else None
-        with named_user():
-            self._use(probe=False)
+        self._use(probe=False)
         self._limit = settings.graph_limit(streams)
         self._kept = kept
         self._turn = Turn(self.kept.path if self.kept else None)
@@ -105,15 +103,17 @@ class Region:
         self._function = types.FunctionType(
             self._code, self._region.__globals__, self._code.co_name, None, self._region.__closure__
         )
-        self._compiled = torch.compile(
-            self._function,
-            backend=self.settings.backend,
-            options=self._options,
-            fullgraph=self.settings.fullgraph,
-            dynamic=self._dynamic,
-        )
         self._compiled_before = torch._dynamo.run(self._function)
         self._has_run = False
+        self.__dict__.pop("_compiled", None)
+
+    @functools.cached_property
+    def _compiled(self) -> Callable[[dict[str, Tensor], dict[str, Any]], Any]:
+        # Made where it is called: this alone imports most of the compiler.
+        chosen, options, dynamic = self.settings, self._options, self._dynamic
+        return torch.compile(
+            self._function, backend=chosen.backend, options=options, fullgraph=chosen.fullgraph, dynamic=dynamic
+        )
 
     @property
     def kept(self) -> Kept | None:
@@ -313,7 +313,7 @@ class Region:
         code is not used again, or FailOnRecompileLimitHit where there are as many graphs as there may be."""
         facts = None
         try:
-            if not self._probed:
+            if graph is None and not self._probed:
                 trust_compiler()
             if graph is None and self._kept is not None:
                 graph, facts = self._compile_ahead(weights, inputs)

@@ -315,10 +315,15 @@ OTHER_PROCESS = """
     import test_graphs
     from hotpath_pack.hotpath.counters import graphs_so_far
 
+    nothing = test_graphs.region(Path({folder!r} + " of nobody"))
+    assert not nothing.find(test_graphs.weights(), {{"x": test_graphs.torch.randn(1, 4, 8)}})
+    assert "torch._inductor.codecache" not in sys.modules
     compiled = test_graphs.loaded(Path({folder!r}))
     for batch, tokens in ((1, 4), (1, 9), (2, 4), (3, 9)):
         test_graphs.run(compiled, batch, tokens)
     assert graphs_so_far() == 0
+    # More than a second of imports.
+    assert not {{"torch._functorch.aot_autograd", "torch._inductor.compile_fx"}} & {{*sys.modules}}
     import torch._dynamo.utils as utils
     assert not utils.counters["frames"] and not utils.counters["stats"], utils.counters
 """

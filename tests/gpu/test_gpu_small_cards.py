@@ -97,14 +97,14 @@ def test_prompts_leave_as_many_weights_on_the_card_as_eager_ones(few, card):
 @pytest.mark.parametrize("wrap", [lambda model: model, compiled], ids=["eager", "compiled"])
 @pytest.mark.parametrize("interrupted", [False, True], ids=["out of memory", "interrupted"])
 def test_after_a_prompt_that_ended_in_a_block_the_next_one_works(few, card, block, wrap, interrupted):
-    from comfy.model_management import InterruptProcessingException
+    from comfy.model_management import InterruptProcessingException, get_free_memory
 
     error = InterruptProcessingException if interrupted else torch.OutOfMemoryError
     model, want = few
     lean = wrap(offload(model))
     near(sample(lean, **RUN), want)
     unload()
-    held, free = torch.cuda.memory_allocated(), torch.cuda.mem_get_info()[0]
+    held, free = torch.cuda.memory_allocated(), get_free_memory()
     flux = model.model.diffusion_model
     broken = [*flux.double_blocks, *flux.single_blocks][block]
 
@@ -120,7 +120,8 @@ def test_after_a_prompt_that_ended_in_a_block_the_next_one_works(few, card, bloc
     near(sample(lean, **RUN), want)
     unload()
     assert torch.cuda.memory_allocated() <= held + 2**23
-    assert torch.cuda.mem_get_info()[0] >= free - 2**27
+    # With what PyTorch's allocator keeps for the next prompt, eager ones too.
+    assert get_free_memory() >= free - 2**27
 
 
 def test_memory_that_ends_in_the_modulation_pass(few, card, monkeypatch):
