@@ -180,6 +180,8 @@ def _run(side: Side, shape: Shape, checkpoint: Path, user: Path) -> dict[str, An
     """In a fresh process: a prompt of the side, then an eager step to compare with."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     gpu_host.start(dynamic_vram=device == "cuda" and side.kind in ("eager", "ours"), cpu=device == "cpu")
+    # A server has it before its first prompt.
+    import comfy.sample
     import comfy.sd
     import folder_paths
     from comfy_extras.nodes_torch_compile import TorchCompileModel

@@ -14,6 +14,7 @@ import io
 import re
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
 from types import FunctionType, ModuleType
@@ -97,6 +98,7 @@ def write_held(made: Any, held: Mapping[str, Any], closure: Mapping[str, Any]) -
     kernels = _kernels(graph.source_code, module)
     if graph._triton_bundle:
         _leave_quickest(graph._triton_bundle, module)
+        _name_by_text(graph._triton_bundle, graph.source_code)
     graph.source_code = _lighter(graph.source_code).replace(_MAKES_KERNELS, _GIVES_KERNELS)
     state = {
         **vars(artifacts),
@@ -154,18 +156,35 @@ def _kernels(source: str, module: Any) -> dict[str, bytes]:
     if source.count(_MAKES_KERNELS) != 1:
         raise NotAhead("Inductor generates another kind of code")
     kernels = {}
-    for node in ast.parse(source).body:
-        call = node.value if isinstance(node, (ast.Assign, ast.Expr)) else None
-        if not isinstance(call, ast.Call) or not ast.unparse(call.func).startswith("async_compile."):
-            continue
-        kind = ast.unparse(call.func).removeprefix("async_compile.")
+    for kind, node, call in _kernel_calls(source):
         if kind == "cpp_pybinding" and isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
             text = ast.literal_eval(call.args[1])
             library = Path(getattr(module, node.targets[0].id).__self__.__file__)
-            kernels[_hash(text.encode())] = library.read_bytes()
+            kernels[_hash(text)] = library.read_bytes()
         elif kind not in ("triton", "wait"):
             raise NotAhead(f"a kernel of kind {kind} can't be kept")
     return kernels
+
+
+def _kernel_calls(source: str) -> Iterator[tuple[str, ast.stmt, ast.Call]]:
+    """Where ``source`` has a kernel made: of which kind, in which statement, by which call."""
+    for node in ast.parse(source).body:
+        call = node.value if isinstance(node, (ast.Assign, ast.Expr)) else None
+        if isinstance(call, ast.Call) and (called := ast.unparse(call.func)).startswith("async_compile."):
+            yield called.removeprefix("async_compile."), node, call
+
+
+def _name_by_text(bundle: Any, source: str) -> None:
+    """Have the Triton kernels of ``bundle`` found by their text in ``source``, where PyTorch would read all of its own
+    files first."""
+    from torch._inductor.async_compile import CompiledTritonKernels
+
+    texts = [ast.literal_eval(call.args[1]) for kind, _, call in _kernel_calls(source) if kind == "triton"]
+    names = {CompiledTritonKernels.key(text): _hash(text) for text in texts}
+    bundle.static_autotuners[:] = [
+        dataclasses.replace(told, cache_key=names.get(told.cache_key, told.cache_key))
+        for told in bundle.static_autotuners
+    ]
 
 
 def _leave_quickest(bundle: Any, module: Any) -> None:
@@ -197,26 +216,40 @@ def _load_kernels(kernels: Mapping[str, bytes], scratch: Path) -> dict[str, Call
         for name, library in kernels.items():
             path = Path(folder) / f"{name}.so"
             path.write_bytes(library)
-            module = Bindings._load_library_inner(str(path), f"hotpath.{_hash(library)}")
+            module = Bindings._load_library_inner(str(path), f"hotpath.{sha256(library).hexdigest()}")
             loaded[name] = getattr(module, Bindings.entry_function)
     return loaded
+
+
+def _kernels_by_text(loaded: Mapping[str, Callable[..., Any]]) -> Any:
+    """What stands for Inductor's ``async_compile``: C++ kernels are those ``loaded``, Triton ones those of the bundle
+    that was read before, and what is missing is compiled."""
+    from torch._inductor.async_compile import AsyncCompile, CompiledTritonKernels, _load_triton_kernel_from_source
+
+    class Kernels(AsyncCompile):
+        def cpp_pybinding(self, argtypes: Any, source_code: str) -> Any:
+            return loaded[_hash(source_code)]
+
+        def triton(self, kernel_name: str, source_code: str, device_str: str = "cuda") -> Any:
+            future: Any = CompiledTritonKernels._cache.pop(_hash(source_code), None)
+            if future is None:
+                return super().triton(kernel_name, source_code, device_str)
+            future.reload_kernel_from_src = partial(_load_triton_kernel_from_source, kernel_name, source_code)
+            return future.result()
+
+    return Kernels()
 
 
 def _runnable(entry: Any, kernels: Mapping[str, Callable[..., Any]]) -> Callable[..., Any]:
     """What ``entry`` was made from, with Inductor's code loaded from its own text rather than from a cache folder."""
     from torch._functorch import config as functorch_config
     from torch._inductor import config
-    from torch._inductor.async_compile import AsyncCompile
     from torch._inductor.cudagraph_utils import BoxedDeviceIndex
     from torch._inductor.output_code import CompiledFxGraph, CompiledFxGraphConstants
     from torch._inductor.triton_bundler import TritonBundler
     from torch._inductor.utils import BoxedBool
     from torch._subclasses import FakeTensorMode
     from torch.fx.experimental.symbolic_shapes import ShapeEnv
-
-    class Kernels(AsyncCompile):
-        def cpp_pybinding(self, argtypes: Any, source_code: str) -> Any:
-            return kernels[_hash(source_code.encode())]
 
     # A graph that is as if just compiled: PyTorch would look for the code of its own class elsewhere.
     own = {name: value for name, value in vars(CompiledFxGraph).items() if name not in ("__dict__", "__weakref__")}
@@ -230,7 +263,7 @@ def _runnable(entry: Any, kernels: Mapping[str, Callable[..., Any]]) -> Callable
     spec = importlib.util.spec_from_loader(f"hotpath_stored_{graph.cache_key}", _Text(graph.source_code))
     assert spec is not None and spec.loader is not None
     module: Any = importlib.util.module_from_spec(spec)
-    module.hotpath_kernels = Kernels()
+    module.hotpath_kernels = _kernels_by_text(kernels)
     # Its Triton kernels are here, and no pool of processes is needed to compile them.
     with config.patch(compile_threads=1):
         spec.loader.exec_module(module)
@@ -266,5 +299,5 @@ def _key(module: ModuleType) -> str | None:
     return getattr(module, "key", None)
 
 
-def _hash(data: bytes) -> str:
-    return sha256(data).hexdigest()
+def _hash(text: str) -> str:
+    return sha256(text.encode()).hexdigest()

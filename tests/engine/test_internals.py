@@ -11,7 +11,7 @@ from hotpath_pack.hotpath.internals import compiler, kept, state
 from hotpath_pack.hotpath.internals.kept import NotAhead
 from test_graphs import Block, as_they_are, expected, region, run, weights
 from torch._dynamo import utils
-from torch._inductor import codecache, config, cpu_vec_isa
+from torch._inductor import async_compile, codecache, config, cpu_vec_isa
 
 ahead = pytest.mark.skipif(not graphs.supported(), reason="needs PyTorch 2.11")
 
@@ -102,6 +102,41 @@ def test_of_a_kernel_only_the_variant_that_was_chosen_is_kept():
     tuned.kernel.compile_results = [first, second, other]
     kept._leave_quickest(SimpleNamespace(static_autotuners=[tuned]), module)
     assert tuned.kernel.compile_results == [second, other]
+
+
+@ahead
+def test_kernels_are_found_by_their_text_without_reading_all_of_pytorch(monkeypatch):
+    """With a stand-in for Triton's objects; tests/gpu has the kernels. Two kernels may have one name."""
+    from torch._inductor.triton_bundler import StaticallyLaunchedAutotuner, TritonBundle, TritonBundler
+
+    made, texts = [], ("the first", "another")
+
+    class Kernel:
+        compile_results = ()
+
+        def __init__(self, text):
+            self.text = text
+
+        def recheck_autotune_cache(self, reload_kernel_from_src):
+            made.append(reload_kernel_from_src.args)
+
+        def precompile(self, **how):
+            assert how["reload_kernel"].args == ("ours", self.text)
+
+    source = "\n".join(f"ours_{n} = async_compile.triton('ours', {text!r})" for n, text in enumerate(texts))
+    told = [
+        StaticallyLaunchedAutotuner(async_compile.CompiledTritonKernels.key(text), "ours", Kernel(text))
+        for text in texts[::-1]
+    ]
+    bundle = TritonBundle([], told)
+    kept._name_by_text(bundle, source)
+    monkeypatch.setattr(async_compile, "torch_key", None)
+    TritonBundler.load_autotuners(bundle.static_autotuners)
+    found = kept._kernels_by_text({})
+    assert [found.triton("ours", text).text for text in texts] == list(texts)
+    assert made == [("ours", text) for text in texts]
+    with pytest.raises(TypeError), config.patch(compile_threads=1):
+        found.triton("ours", "one that was not kept, which is compiled")
 
 
 @pytest.mark.parametrize("gone", ["supported_vec_isa_list", "valid_vec_isa_list"])
