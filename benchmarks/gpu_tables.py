@@ -46,6 +46,12 @@ def dynamic() -> str:
 STEP = ["", "Step", "Least to most", "Times as fast", "28 steps"]
 
 
+def wide() -> str:
+    """The H200 with blocks of the width of Flux.2."""
+    sides = read("wide_h200")["sides"]
+    return markdown(STEP[:-1], (_step(side, median(sides[0]["steps"]))[:-1] for side in sides))
+
+
 def _step(side: dict[str, Any], eager: float) -> list[str]:
     steps = side["steps"]
     spread = f"{min(steps):.0f} to {max(steps):.0f} ms"
@@ -84,7 +90,7 @@ def _whole_side(name: str) -> str:
     return _side(base) if base == name else "... in fewer passes over memory"
 
 
-def first_steps(file: str = "start_h200") -> str:
+def first_steps(*files: str) -> str:
     """The first step in a new process: without HotPath, compiled in several ways, and loaded."""
     shown = {
         "eager": "without HotPath",
@@ -95,13 +101,13 @@ def first_steps(file: str = "start_h200") -> str:
         "ours, background": "nothing stored, no loading before it, `when` at `background`",
     }
     rows = []
-    seen = read(file)["sides"]
+    seen = {name: runs for file in files for name, runs in read(file)["sides"].items()}
     for name, title in shown.items():
         if name not in seen:
             continue
-        (run,) = seen[name]
-        graphs = str(run["graphs"]) if name != "eager" else ""
-        rows.append([title, f"{run['first']:.1f} s", graphs, str(run["processes"])])
+        runs = seen[name]
+        graphs = str(runs[0]["graphs"]) if name != "eager" else ""
+        rows.append([title, f"{median(run['first'] for run in runs):.1f} s", graphs, str(runs[0]["processes"])])
     return markdown(["H200, first step after a start", "Takes", "Graphs compiled", "Processes started"], rows)
 
 
@@ -305,8 +311,9 @@ TABLES: dict[str, Callable[[], str]] = {
     "resident": resident,
     "dynamic": dynamic,
     "whole-steps": whole_steps,
-    "first-steps": first_steps,
-    "first-steps-later": partial(first_steps, "start_later_h200"),
+    "wide": wide,
+    "first-steps": partial(first_steps, "start_h200"),
+    "first-steps-later": partial(first_steps, "start_later_h200", "start_background_h200"),
     "cards": cards,
     "cards-ordinary": partial(cards, "cards_ordinary_h200"),
     "devices": devices,
