@@ -98,11 +98,9 @@ class Region:
         self._probed = probe or not inductor
         # Dynamo keeps its cache and its recompile limit per code object, and per name which sizes it has seen vary, so
         # that a model of another width would make the sizes of weights dynamic. Each region gets both of its own.
-        code = self._region.__code__
-        self._code = code.replace(co_name=f"hotpath_{self.name.replace(' ', '_')}_{next(_NUMBERS)}")
-        self._function = types.FunctionType(
-            self._code, self._region.__globals__, self._code.co_name, None, self._region.__closure__
-        )
+        own, name = self._region, f"hotpath_{self.name.replace(' ', '_')}_{next(_NUMBERS)}"
+        self._code = own.__code__.replace(co_name=name)
+        self._function = types.FunctionType(self._code, own.__globals__, name, None, own.__closure__)
         self._compiled_before = torch._dynamo.run(self._function)
         self._has_run = False
         self.__dict__.pop("_compiled", None)
@@ -174,11 +172,13 @@ class Region:
         dynamic_dims: Mapping[str, Sequence[int]],
         before_compiling: Callable[[], None] = lambda: None,
     ) -> None:
-        """Load or compile what ``run`` would need for these arguments, whose data is not looked at; nothing runs, and
-        without ``kept`` nothing is prepared. Raises what compiling raises; ``run`` then tries anew."""
+        """Load or compile what ``run`` would need for these arguments, whose data is not looked at; nothing runs.
+        Without ``kept`` the compiler is imported. Raises what compiling raises; ``run`` then tries anew."""
         with self._compiling():
-            known = self.graph_for(weights, inputs) is not None
-            if self._kept is None or known or (not self._graphs and self.find(weights, inputs)):
+            if self._kept is None:
+                _ = self._compiled
+                return
+            if self.graph_for(weights, inputs) is not None or (not self._graphs and self.find(weights, inputs)):
                 return
             before_compiling()
             started, graphs = time.perf_counter(), graphs_so_far()

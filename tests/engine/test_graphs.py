@@ -315,8 +315,8 @@ OTHER_PROCESS = """
     import test_graphs
     from hotpath_pack.hotpath.counters import graphs_so_far
 
-    nothing = test_graphs.region(Path({folder!r} + " of nobody"))
-    assert not nothing.find(test_graphs.weights(), {{"x": test_graphs.torch.randn(1, 4, 8)}})
+    w, x = test_graphs.weights(), test_graphs.torch.randn(1, 4, 8)
+    assert not test_graphs.region(Path({folder!r} + " of nobody")).find(w, {{"x": x}})
     assert "torch._inductor.codecache" not in sys.modules
     compiled = test_graphs.loaded(Path({folder!r}))
     for batch, tokens in ((1, 4), (1, 9), (2, 4), (3, 9)):
@@ -324,6 +324,9 @@ OTHER_PROCESS = """
     assert graphs_so_far() == 0
     # More than a second of imports.
     assert not {{"torch._functorch.aot_autograd", "torch._inductor.compile_fx"}} & {{*sys.modules}}
+    unkept = test_graphs.Region("a block", test_graphs.Block(), test_graphs.as_they_are, test_graphs.CompileSettings())
+    unkept.prepare(w, {{"x": x}}, test_graphs.DIMS)
+    assert "torch._functorch.aot_autograd" in sys.modules, "the first step would import it"
     import torch._dynamo.utils as utils
     assert not utils.counters["frames"] and not utils.counters["stats"], utils.counters
 """
