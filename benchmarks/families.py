@@ -71,7 +71,11 @@ def measure(
     run = RUNS[name]
     device, dtype = ("cpu", torch.float32) if cpu else ("cuda", torch.bfloat16)
     eager = family_models.build(name, heads, blocks or run.blocks, dtype=dtype, device=device)
-    sides = [Side("eager", eager), Side("per block", per_block(eager)), Side("ours", gpu_host.compiled(eager))]
+    sides = [
+        Side("eager", eager),
+        Side("per block", gpu_host.compiled_per_block(eager)),
+        Side("ours", gpu_host.compiled(eager)),
+    ]
     small = gpu_host.quantize(eager, format)
     sides += [Side(format, small), Side(f"ours, {format}", gpu_host.compiled(small))]
     size = (64, 64) if cpu else run.size
@@ -102,19 +106,6 @@ def first_prompt(side: Side, sample: Callable[[Any, int], tuple[Tensor, list[flo
     side.difference = ((latent - want).norm() / want.norm()).item()
     side.peak_gib = torch.cuda.max_memory_allocated() / 2**30 if cuda else 0.0
     print(f"{side.name}: first step {side.cold_seconds:.1f} s, {side.graphs} graphs", flush=True)
-
-
-def per_block(model: Any) -> Any:
-    """``model`` with each repeated block compiled by the host's own wrapper, as other packs do it."""
-    from comfy_api.torch_helpers import set_torch_compile_wrapper
-    from comfy_extras.nodes_torch_compile import skip_torch_compile_dict
-    from hotpath_pack.host.families import named_blocks
-
-    clone = model.clone()
-    keys = [f"diffusion_model.{path}" for path, _ in named_blocks(model.model.diffusion_model)]
-    options = {"guard_filter_fn": skip_torch_compile_dict}
-    set_torch_compile_wrapper(clone, backend="inductor", keys=keys, options=options)
-    return clone
 
 
 def timed(

@@ -93,11 +93,6 @@ def tensors(out: Any) -> list[Tensor]:
     return [out] if isinstance(out, Tensor) else list(out)
 
 
-def microseconds(work: Callable[[], Any]) -> float:
-    """The median time of ``work`` on the device, which finds nothing of it in its cache."""
-    return 1e3 * median(triton.testing.do_bench(recorded(work), warmup=10, rep=60, return_mode="all"))
-
-
 def recorded(work: Callable[[], Any]) -> Callable[[], Any]:
     """``work`` as a CUDA graph, which holds the addresses of what ``work`` holds."""
     stream = torch.cuda.Stream()

@@ -17,7 +17,7 @@ _GAIN = 0.2
 def adapter(
     model: Mapping[str, Tensor], kind: str, layers: Iterable[str] | None = None, *, rank: int = 4, seed: int = 1
 ) -> dict[str, Tensor]:
-    """An adapter of ``kind``, one of ``KINDS``, for ``layers`` of ``model``; see ``checkpoints.lora``."""
+    """An adapter of ``kind``, ``lora`` or one of ``KINDS``, for ``layers`` of ``model``; see ``checkpoints.lora``."""
     if kind == "lora":
         return lora(model, layers, rank=rank, seed=seed)
     if layers is None:
@@ -84,7 +84,6 @@ def _diff(shape: Shape, rank: int, generator: torch.Generator) -> dict[str, Tens
 
 
 KINDS: Mapping[str, Callable[[Shape, int, torch.Generator], dict[str, Tensor]]] = {
-    "lora": _lora,
     "dora": _lora,
     "loha": _loha,
     "lokr": _lokr,

@@ -161,8 +161,6 @@ class GGMLOps(comfy.ops.manual_cast):
 class GGUFModelPatcher(ModelPatcher):
     """A MODEL whose LoRAs are attributes of the weights."""
 
-    patch_on_device = False
-
     def patch_weight_to_device(self, key: str, device_to: Any = None, inplace_update: bool = False) -> None:
         weight = comfy.utils.get_attr(self.model, key)
         if key not in self.patches or not _quantized(weight):

@@ -140,14 +140,21 @@ def compiled(model: Any, cache: str = "off", cuda_graphs: str = "auto", **settin
     return compile_repeated_blocks(model, chosen, "all", "all", "error", NodeText(None), cache, cuda_graphs)
 
 
+def until_ready() -> None:
+    """Wait until all that Compile Repeated Blocks has compiled ahead, in this process, is ready."""
+    from hotpath_pack.host.compiling import warming
+
+    warming._WORKER.submit(lambda: None).result()
+
+
 def compiled_per_block(model: Any, backend: str = "inductor") -> Any:
     """``model`` with each block compiled by the host's own wrapper, as other packs do it."""
     from comfy_api.torch_helpers import set_torch_compile_wrapper
     from comfy_extras.nodes_torch_compile import skip_torch_compile_dict
+    from hotpath_pack.host.families import named_blocks
 
-    clone, flux = model.clone(), model.model.diffusion_model
-    keys = [f"diffusion_model.double_blocks.{index}" for index in range(len(flux.double_blocks))]
-    keys += [f"diffusion_model.single_blocks.{index}" for index in range(len(flux.single_blocks))]
+    clone = model.clone()
+    keys = [f"diffusion_model.{path}" for path, _ in named_blocks(model.model.diffusion_model)]
     set_torch_compile_wrapper(clone, backend=backend, keys=keys, options={"guard_filter_fn": skip_torch_compile_dict})
     return clone
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from .values import extent, mapped
 
 _MARKS = "_dynamo_weak_dynamic_indices"
 
@@ -25,13 +26,12 @@ class Described:
 
     @property
     def bytes(self) -> int:
-        reach = sum((size - 1) * stride for size, stride in zip(self.shape, self.stride, strict=True))
-        return self.dtype.itemsize * (reach + 1) if all(self.shape) else 0
+        return extent(self.shape, self.stride, self.dtype.itemsize)
 
 
 def describe_tensors(value: Any) -> Any:
     """``value``, a nest of mappings, lists, tuples and dataclasses, with a ``Described`` for each tensor."""
-    return _mapped(value, Tensor, _describe)
+    return mapped(value, Tensor, _describe)
 
 
 def example_inputs(described: Any, device: torch.device) -> Any:
@@ -43,7 +43,7 @@ def example_inputs(described: Any, device: torch.device) -> Any:
         torch._dynamo.maybe_mark_dynamic(made, list(told.dynamic))
         return made
 
-    return _mapped(described, Described, make)
+    return mapped(described, Described, make)
 
 
 def example_weights(described: Mapping[str, Described], device: torch.device) -> dict[str, Tensor]:
@@ -63,16 +63,3 @@ def example_weights(described: Mapping[str, Described], device: torch.device) ->
 def _describe(tensor: Tensor) -> Described:
     dynamic = tuple(sorted(getattr(tensor, _MARKS, ())))
     return Described(tuple(tensor.shape), tensor.stride(), tensor.dtype, tensor.is_inference(), dynamic)
-
-
-def _mapped(value: Any, kind: type, change: Callable[[Any], Any]) -> Any:
-    if isinstance(value, kind):
-        return change(value)
-    if isinstance(value, Mapping):
-        return {name: _mapped(item, kind, change) for name, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return type(value)(_mapped(item, kind, change) for item in value)
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        names = [item.name for item in dataclasses.fields(value)]
-        return dataclasses.replace(value, **{name: _mapped(getattr(value, name), kind, change) for name in names})
-    return value

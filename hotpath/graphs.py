@@ -36,6 +36,7 @@ from .internals.kept import (
     write_held,
 )
 from .limits import compiling
+from .reasons import first_line
 
 # The oldest whose ahead-of-time functions hold what is needed here.
 OLDEST_TORCH = (2, 11)
@@ -92,7 +93,7 @@ class Graph:
             raise
         except Exception as error:
             # PyTorch's own code for this is young and raises what it likes.
-            raise NotAhead(_first_line(error)) from error
+            raise NotAhead(first_line(error)) from error
 
 
 def compile_graph(
@@ -136,12 +137,12 @@ def compile_graph(
         dependencies = [global_dependency(name, aliases, module) for name in dict.fromkeys(names)]
         _refuse_unseen(made, [function, *closure.values(), *(dependency.value() for dependency in dependencies)])
     except PackageError as error:
-        raise NotAhead(_first_line(error)) from error
+        raise NotAhead(first_line(error)) from error
     except TorchDynamoException:
         raise
     except Exception as error:
         # PyTorch's own code for this is young and raises what it likes.
-        raise NotAhead(_first_line(error)) from error
+        raise NotAhead(first_line(error)) from error
     return Graph(sizes, made, Dependencies(dependencies), closure)
 
 
@@ -165,7 +166,7 @@ def load_graph(data: bytes, function: FunctionType, closure: Mapping[str, Any], 
     except NotAhead:
         raise
     except Exception as error:
-        raise NotAhead(f"{type(error).__name__}: {_first_line(error)}") from error
+        raise NotAhead(f"{type(error).__name__}: {first_line(error)}") from error
     return Graph(held["sizes"], made, dependencies, closure)
 
 
@@ -175,7 +176,3 @@ def _refuse_unseen(made: Any, roots: list[Any]) -> None:
     for module, line in traced_lines(made):
         if (module, line) not in places and not ships_with_python_or_torch(module):
             raise NotAhead(f"it was traced through {module} line {line}")
-
-
-def _first_line(error: BaseException) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)

@@ -9,7 +9,6 @@ from collections.abc import Iterator
 THROWN_AWAY = "PyTorch had dropped the compiled code, as another node can have it do (torch._dynamo.reset)"
 _OTHERWISE = "something that the code was compiled for is not as it was"
 
-_AT_LEAST_2 = r"2 <= [^<>=&|]*"
 # What Dynamo checks: pattern -> plain words. ``{name}`` is the input or weight that it names, groups are its own.
 _GUARDS = tuple(
     (re.compile(pattern), words)
@@ -53,7 +52,7 @@ _ROOTS = frozenset({"inputs", "weights"})
 # A compiler's own complaint among the lines that it writes.
 _COMPLAINT = re.compile(r"(?i)\b(?:error|cannot|can't|no such file|no space left|undefined reference|not found)\b")
 # The line that a traceback ends with.
-_ERROR = re.compile(r"[\w.]*(?:Error|Exception|Exit|Interrupt)\b")
+_ERROR = re.compile(r"[\w.]*(?:Error|Exception|Exit|Interrupt|Invalid)\b")
 _LONGEST = 300
 # What PyTorch calls a size that is to be any.
 _ANY_SIZE = re.compile(r"Could not \w+ .*\bdata-dependent expression\b")
@@ -80,6 +79,11 @@ def how_to_avoid(reason: str, dynamic: str) -> str:
     return ""
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of what ``error`` says, else its name."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
 def first_useful_line(error: BaseException) -> str:
     """The one line of an error that says most: of a compiler's output its first complaint, never PyTorch's headline."""
     output = _output_of(error)
@@ -89,9 +93,7 @@ def first_useful_line(error: BaseException) -> str:
         return f"the compiler says: {line[:_LONGEST]}"
     if any(line.startswith("Traceback (most recent call last)") for line in lines):
         # What failed in another process; its own error is what its traceback ends with.
-        lines = [line for line in lines if re.match(r"[\w.]*(?:Error|Exception|Exit|Interrupt|Invalid)\b", line)][
-            -1:
-        ] or lines
+        lines = [line for line in lines if _ERROR.match(line)][-1:] or lines
     line = next(iter(lines), "")
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
         return f"no space is left on the disk{f' for {error.filename}' if error.filename else ''}"

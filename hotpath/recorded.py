@@ -27,6 +27,7 @@ from torch import Tensor
 
 from .cuda_graphs import Busy, Recorder, Recording
 from .first_run import alone, waits_for_others
+from .reasons import first_line
 from .static import Layout, StaticInputs, flatten, layout, rebuilt
 from .stretch import stretch
 
@@ -268,7 +269,7 @@ class Recordings:
         except torch.OutOfMemoryError:
             why_not = NO_MEMORY
         except Exception as error:
-            why_not = f"it can't be recorded ({_first_line(error)})"
+            why_not = f"it can't be recorded ({first_line(error)})"
             log.warning("a block runs without a CUDA graph: %s", why_not)
         return self._refuse(frame, why_not)
 
@@ -379,7 +380,3 @@ def _outputs(frame: _Frame, found: Layout, groups: list[int]) -> Any:
 
 def _same_bits(one: Tensor, other: Tensor) -> bool:
     return torch.equal(*(tensor.contiguous().reshape(-1).view(torch.uint8) for tensor in (one, other)))
-
-
-def _first_line(error: BaseException) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)

@@ -34,6 +34,7 @@ from .exchange import (
 )
 from .fibers import Fibers
 from .peers import Given, PeerCopies, Streams, give
+from .reasons import first_line
 
 # A dimension of one is a structure of its own to a compiler, and none is no part of a sequence.
 FEWEST_TOKENS = 2
@@ -47,8 +48,7 @@ class DeviceFailed(RuntimeError):
     """A device could not compute its share. The cause is the error behind it."""
 
     def __init__(self, device: torch.device, error: BaseException) -> None:
-        said = next(iter(str(error).splitlines()), "")
-        super().__init__(f"{device} failed: {said or type(error).__name__}")
+        super().__init__(f"{device} failed: {first_line(error)}")
         self.device = device
 
 

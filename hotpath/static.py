@@ -7,7 +7,7 @@ modulation, keep their places to one another, so that a storage is one copy, and
 from __future__ import annotations
 
 from collections.abc import Container, Hashable, Iterable, Mapping, Sequence
-from dataclasses import fields, is_dataclass, replace
+from dataclasses import fields, is_dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from .internals.memory import users
-from .values import extent, lying_in
+from .values import extent, lying_in, mapped
 
 _ALIGNMENT = 64
 # Of what is no nest, the most frequent.
@@ -84,7 +84,7 @@ class StaticInputs:
         self._starts = [memory.data_ptr() for memory in self.memory]
         self._storages = [memory.untyped_storage() for memory in self.memory]
         self.twins = [self._twin(*pair) for pair in zip(found.tensors, found.places, strict=True)]
-        self.nest = _rebuilt(inputs, iter(self.twins))
+        self.nest = rebuilt(inputs, self.twins)
         self._own = self._users()
         self._brought: dict[int, _Brought] = {}
         self._groups = [group for group, _ in found.places]
@@ -165,7 +165,8 @@ def flatten(value: Any) -> tuple[list[Tensor], Hashable]:
 
 def rebuilt(value: Any, tensors: Sequence[Tensor]) -> Any:
     """The nest ``value`` with ``tensors`` in the places of its own."""
-    return _rebuilt(value, iter(tensors))
+    given = iter(tensors)
+    return mapped(value, Tensor, lambda _: next(given))
 
 
 def _flatten(value: Any, tensors: list[Tensor], structure: list[Hashable]) -> None:
@@ -189,19 +190,6 @@ def _flatten(value: Any, tensors: list[Tensor], structure: list[Hashable]) -> No
     else:
         # 1, 1.0 and True are equal, and traced otherwise.
         structure.append((type(value), value))
-
-
-def _rebuilt(value: Any, tensors: Any) -> Any:
-    if isinstance(value, Tensor):
-        return next(tensors)
-    if isinstance(value, Mapping):
-        return {name: _rebuilt(item, tensors) for name, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        items = [_rebuilt(item, tensors) for item in value]
-        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
-    if is_dataclass(value) and not isinstance(value, type):
-        return replace(value, **{item.name: _rebuilt(getattr(value, item.name), tensors) for item in fields(value)})
-    return value
 
 
 def _memory(span: _Span, device: torch.device) -> Tensor:

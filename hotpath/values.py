@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import fields, is_dataclass
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import fields, is_dataclass, replace
 from typing import Any
 
 import torch
@@ -55,6 +55,21 @@ def tensors_in(value: Any) -> list[Tensor]:
     if isinstance(value, Tensor):
         return [value]
     return [tensor for item in _items(value) for tensor in tensors_in(item)]
+
+
+def mapped(value: Any, kind: type, change: Callable[[Any], Any]) -> Any:
+    """Such a nest, with what ``change`` makes of each value of ``kind``, called in the order of ``tensors_in``."""
+    if isinstance(value, kind):
+        return change(value)
+    if isinstance(value, Mapping):
+        return {name: mapped(item, kind, change) for name, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        items = [mapped(item, kind, change) for item in value]
+        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
+    if is_dataclass(value) and not isinstance(value, type):
+        changed = {item.name: mapped(getattr(value, item.name), kind, change) for item in fields(value)}
+        return replace(value, **changed)
+    return value
 
 
 def device_of(inputs: Mapping[str, Any]) -> torch.device:

@@ -6,7 +6,7 @@ const EVENT = "hotpath.status";
 const TOASTS = "HotPath.Toasts";
 const COMPILE = "HotPathCompileRepeatedBlocks";
 // Nodes that tell what they do while they do it; the others of the pack show their text by themselves.
-const WITH_PANEL = /^HotPath(Compile(?!Report)|Quantize|Offload|Benchmark|WarmUp|LoadDiffusers|SaveAs)/;
+const WITH_PANEL = /^HotPath(Compile(?!Report)|Quantize|Offload|Split|Benchmark|WarmUp|LoadDiffusers|SaveAs)/;
 const WIDGET = "hotpath_status";
 const GAP = 40;
 const SECOND = (value) => (value < 0.995 ? `${Math.max(1, Math.round(value * 1000))} ms` : `${value.toFixed(1)} s`);
@@ -30,6 +30,7 @@ const SIGNS = {
   recompiled: "●",
   eager: "▲",
   skipped: "○",
+  one_device: "▲",
   stopped: "■",
   done: "●",
 };
@@ -39,7 +40,7 @@ const STYLE = `
   --hotpath: #8a8f98; }
 .hotpath-panel[data-state="working"], .hotpath-panel[data-state="compiling"] { --hotpath: #3b82f6; }
 .hotpath-panel[data-state="compiled"], .hotpath-panel[data-state="done"] { --hotpath: #22a55b; }
-.hotpath-panel[data-state="recompiled"] { --hotpath: #d9920a; }
+.hotpath-panel[data-state="recompiled"], .hotpath-panel[data-state="one_device"] { --hotpath: #d9920a; }
 .hotpath-panel[data-state="eager"], .hotpath-panel[data-state="stopped"] { --hotpath: #dc4c3e; }
 .hotpath-panel > div { box-sizing: border-box; padding: 6px 8px; border-radius: 6px;
   background: var(--comfy-input-bg, #222); border-left: 3px solid var(--hotpath); }

@@ -22,6 +22,7 @@ const ENGLISH = {
   eager: "Runs eager",
   partly_eager: "Partly eager",
   skipped: "Blocks did not run",
+  one_device: "On one device",
   stopped: "Stopped",
   done: "Done",
   avoid: "Avoid it: ...",

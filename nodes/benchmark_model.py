@@ -29,7 +29,7 @@ class BenchmarkModel(io.ComfyNode):
             inputs=[
                 io.Model.Input(
                     "model",
-                    tooltip="A Flux, Chroma, Qwen-Image, Z-Image, Wan, LTX-Video 2 or Hunyuan model. "
+                    tooltip="A Flux, Chroma, Qwen-Image, Z-Image, Lumina 2, Wan, LTX-Video 2, Krea 2 or Hunyuan model. "
                     "It is not changed.",
                 ),
                 io.Int.Input("width", default=1024, min=16, max=16384, step=16, tooltip="Width in pixels."),

@@ -34,7 +34,7 @@ class CompileRepeatedBlocks(io.ComfyNode):
             inputs=[
                 io.Model.Input(
                     "model",
-                    tooltip="A Flux, Chroma, Qwen-Image, Z-Image, Wan, LTX-Video 2 or Hunyuan model. "
+                    tooltip="A Flux, Chroma, Qwen-Image, Z-Image, Lumina 2, Wan, LTX-Video 2, Krea 2 or Hunyuan model. "
                     "It is not changed.",
                 ),
                 io.Combo.Input(
@@ -123,7 +123,7 @@ class CompileRepeatedBlocks(io.ComfyNode):
                     optional=True,
                     advanced=True,
                     tooltip="Which blocks of models without double-stream and single-stream blocks (Qwen-Image, "
-                    "Z-Image, Wan, LTX-Video 2) to compile: all, none, or ranges such as 0-9,12.",
+                    "Z-Image, Lumina 2, Wan, LTX-Video 2, Krea 2) to compile: all, none, or ranges such as 0-9,12.",
                 ),
             ],
             outputs=[io.Model.Output(tooltip="The same model, with its repeated blocks compiled while it samples.")],

@@ -30,7 +30,7 @@ class LoadDiffusersFlux(io.ComfyNode):
                     "models, with a transformer/config.json or a config.json.",
                 ),
             ],
-            outputs=[io.Model.Output(tooltip="The MODEL, in the precision of its files.")],
+            outputs=[io.Model.Output(tooltip="The MODEL, in the precision that ComfyUI chooses.")],
             hidden=[io.Hidden.unique_id],
         )
 

@@ -30,8 +30,8 @@ class QuantizeRepeatedBlocks(io.ComfyNode):
             inputs=[
                 io.Model.Input(
                     "model",
-                    tooltip="A Flux, Chroma, Qwen-Image, Z-Image, Wan, LTX-Video 2 or Hunyuan model in full precision. "
-                    "It is not changed.",
+                    tooltip="A Flux, Chroma, Qwen-Image, Z-Image, Lumina 2, Wan, LTX-Video 2, Krea 2 or Hunyuan model "
+                    "in full precision. It is not changed.",
                 ),
                 io.Combo.Input(
                     "format",

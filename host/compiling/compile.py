@@ -144,7 +144,7 @@ class CompiledBlocks(Ledger):
         """A sampling run begins: what failed before is tried again, and blocks are those that are there now."""
         self.start_run()
         self._source.retry()
-        self.replays.start(patcher)
+        self.replays.start()
         self.when.begin_run()
         diffusion_model: Any = patcher.model.diffusion_model
         blocks = {kind.name: kind.blocks(diffusion_model) for kind in self.selected}
@@ -189,13 +189,8 @@ class CompiledBlocks(Ledger):
         return out
 
     @contextmanager
-    def _swapped(
-        self, diffusion_model: nn.Module, call: Call | None = None, others: Collection[str] = ()
-    ) -> Iterator[None]:
+    def _swapped(self, diffusion_model: nn.Module, call: Call, others: Collection[str]) -> Iterator[None]:
         """Route the selected blocks, but those that ``others`` names as compiled by another node, through regions."""
-        if call is None:
-            call = Call(self.selected)
-            self.account = call.account
         runs: dict[nn.Module, Callable[..., Any]] = {}
         for kind, indices in self.selected.items():
             blocks = self._blocks_of(kind, diffusion_model)

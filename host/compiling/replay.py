@@ -167,7 +167,7 @@ class Replays:
         recordings.ran()
         return out
 
-    def start(self, patcher: ModelPatcher) -> None:
+    def start(self) -> None:
         """A sampling run begins: what failed for want of memory is tried again."""
         for recordings in self._own():
             recordings.retry()

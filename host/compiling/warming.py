@@ -116,17 +116,12 @@ class Warming:
                 future.exception(_SECONDS)
 
     def compiles(self, kind: BlockKind) -> None:
-        """Whether what is under way for ``kind`` compiles, and does not only load."""
+        """What is under way for ``kind`` compiles, and does not only load."""
         self._compiling.add(kind.name)
 
     def cancel(self) -> None:
         for future in self._futures.values():
             future.cancel()
-
-
-def until_ready() -> None:
-    """Wait until all that is under way is compiled."""
-    _WORKER.submit(lambda: None).result()
 
 
 def examples_of(

@@ -129,7 +129,7 @@ def config_of(diffusion_model: Any) -> dict[str, Any]:
     if type(diffusion_model) is not comfy.ldm.flux.model.Flux or params.yak_mlp or params.txt_norm:
         raise ValueError(
             f"model: this is {type(diffusion_model).__name__}, and only Flux.1 and Flux.2 can become a folder of "
-            "diffusers' Flux classes. Save it with Save Model instead."
+            "diffusers' Flux classes. Save it with ModelSave instead."
         )
     kind = "Flux2Transformer2DModel" if params.global_modulation else "FluxTransformer2DModel"
     config = {
@@ -161,6 +161,9 @@ def transformer_of(config: Mapping[str, Any], weights: Mapping[str, Tensor]) -> 
         weight = place.within(weights).detach()
         state[name] = weight if place.convert is None else place.convert(weight)
     if left := weights.keys() - {table[name].name for name in state}:
-        raise ValueError(f"model: diffusers' {config['_class_name']} has no weights such as {min(left)}.")
+        raise ValueError(
+            f"model: diffusers' {config['_class_name']} has no weights such as {min(left)}. Save it with ModelSave "
+            "instead."
+        )
     transformer.load_state_dict(state, assign=True)
     return transformer

@@ -76,8 +76,9 @@ def load_diffusers_flux(name: str, text: NodeText) -> ModelPatcher:
     folders = diffusers_folders()
     if name not in folders:
         raise ValueError(
-            f"folder: there is no {name!r} with a {CONFIG} or a transformer/{CONFIG} in models/diffusers. "
-            f"There are: {', '.join(list(folders)[:_FEW]) or 'none'}{' ...' if len(folders) > _FEW else ''}"
+            f"folder: there is no {name!r} with a {CONFIG} or a transformer/{CONFIG} in models/diffusers, "
+            "models/diffusion_models or output/diffusers. Put it there and refresh the page, or choose another: "
+            f"{', '.join(list(folders)[:_FEW]) or 'none'}{' ...' if len(folders) > _FEW else ''}"
         )
     with text.guarded():
         return load_folder(folders[name], text)
@@ -115,7 +116,10 @@ def _read_config(folder: Path) -> tuple[dict[str, Any], dict[str, Size], Int8Row
         raise ValueError(f"{path} can't be read as a config of diffusers: {error}") from error
     kind: Any = given.get("_class_name") if isinstance(given, dict) else None
     if kind not in FIXED:
-        raise ValueError(f"{path}: this is {kind or 'no model of diffusers'}, and not {' or '.join(FIXED)}.")
+        raise ValueError(
+            f"{path}: this is {kind or 'no model of diffusers'}, and not {' or '.join(FIXED)}. Choose a Flux.1 or "
+            "Flux.2."
+        )
     quantization = given.get("quantization_config")
     layout = int8_layout(path, quantization) if quantization else None
     try:
@@ -124,7 +128,7 @@ def _read_config(folder: Path) -> tuple[dict[str, Any], dict[str, Size], Int8Row
         raise ValueError(f"{path}: diffusers can't make a {kind} of it: {error}") from error
     config = {**transformer.config, "_class_name": kind}
     if other := list(unlike_the_host(config)):
-        raise ValueError(f"{path}: ComfyUI's Flux computes otherwise: {'; '.join(other)}.")
+        raise ValueError(f"{path}: ComfyUI's Flux computes otherwise: {'; '.join(other)}. Use it with diffusers.")
     return config, {name: tensor.shape for name, tensor in transformer.state_dict().items()}, layout
 
 
@@ -148,7 +152,7 @@ def _shards(index: Path) -> list[Path]:
         raise ValueError(f"{index} is no index of safetensors files ({error!r}). Download it again.") from error
     for name in names:
         if Path(name).name != name:
-            raise ValueError(f"{index} names {name!r}, which is not a file of this folder.")
+            raise ValueError(f"{index} names {name!r}, which is not a file of this folder. Download it again.")
         if not (index.parent / name).is_file():
             raise ValueError(f"{index.parent / name} is missing; {index.name} lists it. Download it again.")
     return [index.parent / name for name in names]
@@ -163,7 +167,7 @@ def _stored(files: Sequence[Path]) -> dict[str, Stored]:
                 for key in file.keys():
                     tensor = file.get_tensor(key)
                     if key in stored:
-                        raise ValueError(f"{path}: {key} is in {stored[key].file.name} too.")
+                        raise ValueError(f"{path}: {key} is in {stored[key].file.name} too. Download it again.")
                     stored[key] = Stored(path, tensor.shape, tensor.dtype)
         except (SafetensorError, OSError) as error:
             raise ValueError(f"{path} is damaged or only in part downloaded: {error}. Download it again.") from error
@@ -180,15 +184,19 @@ def _check(
     """Raise ValueError, which names the file, unless the files hold the model's weights and nothing else."""
     files = ", ".join(dict.fromkeys(weight.file.name for weight in stored.values()))
     if missing := [key for key in shapes if key not in stored]:
-        raise ValueError(f"{folder}: {files} lack {_some(missing)} of the {config['_class_name']} of {CONFIG}.")
+        what = f"{_some(missing)} of the {config['_class_name']} of {CONFIG}"
+        raise ValueError(f"{folder}: {files} lack {what}. Download it again.")
     for key, weight in stored.items():
         if key not in shapes:
             unknown = [name for name in stored if name not in shapes]
-            raise ValueError(f"{weight.file}: {_some(unknown)} belong to no {config['_class_name']} of {CONFIG}.")
+            what = f"{_some(unknown)} belong to no {config['_class_name']} of {CONFIG}"
+            raise ValueError(f"{weight.file}: {what}. Download it again.")
         if weight.shape != shapes[key]:
-            raise ValueError(f"{weight.file}: {key} is {list(weight.shape)}, and by {CONFIG} {list(shapes[key])}.")
+            what = f"{key} is {list(weight.shape)}, and by {CONFIG} {list(shapes[key])}"
+            raise ValueError(f"{weight.file}: {what}. Download it again.")
         if weight.dtype not in dtypes:
-            raise ValueError(f"{weight.file}: {key} is {weight.dtype}, which ComfyUI's Flux does not compute with.")
+            what = f"{key} is {weight.dtype}, which ComfyUI's Flux does not compute with"
+            raise ValueError(f"{weight.file}: {what}. Take a folder in bf16, fp16 or fp32.")
 
 
 def _some(names: Sequence[str]) -> str:

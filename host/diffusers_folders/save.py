@@ -23,20 +23,18 @@ from .format import config_of, require_diffusers, transformer_of
 log = logging.getLogger(__name__)
 
 NODE = "Save as Diffusers Flux"
+_LARGEST_FILE = "10GB"
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
 
-def save_as_diffusers_flux(
-    model: ModelPatcher, filename_prefix: str, text: NodeText, max_shard_size: str = "10GB"
-) -> Path:
-    """Write ``model``, its LoRAs baked in as the host's Save Model bakes them, below the host's output folder.
+def save_as_diffusers_flux(model: ModelPatcher, filename_prefix: str, text: NodeText) -> Path:
+    """Write ``model``, its LoRAs baked in as the host's ModelSave bakes them, below the host's output folder.
 
     diffusers' own class writes ``config.json`` and the files, so that its ``from_pretrained`` loads them. The folder
     gets its name once it is complete.
 
     Args:
         filename_prefix: as of the host's Save nodes.
-        max_shard_size: of one file, as diffusers takes it.
 
     Raises:
         RuntimeError: diffusers is not installed.
@@ -61,7 +59,7 @@ def save_as_diffusers_flux(
         transformer = transformer_of(config, _baked(model, text))
         text.show(f"writing {sum(weight.nbytes for weight in transformer.parameters()) / 2**20:.0f} MiB ...", "working")
         try:
-            transformer.save_pretrained(unfinished, max_shard_size=max_shard_size)
+            transformer.save_pretrained(unfinished, max_shard_size=_LARGEST_FILE)
             os.replace(unfinished, folder)
         finally:
             shutil.rmtree(unfinished, ignore_errors=True)

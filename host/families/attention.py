@@ -191,6 +191,25 @@ def skipped(attend: Callable[..., Tensor], q: Tensor, *args: Any, **kwargs: Any)
     return joined(q)
 
 
+def patches_called_out(*slices: str) -> dict[str, Any]:
+    """Options under which a block that has the host's hooks around attention calls out in their place once, with what
+    the hooks are told under the names ``slices``."""
+    result: list[Tensor] = []
+
+    def call_out(
+        q: Tensor, k: Tensor, v: Tensor, pe: Tensor, attn_mask: Tensor | None, extra_options: dict[str, Any]
+    ) -> dict[str, None]:
+        told = [end for name in slices for end in extra_options.get(name, [])]
+        result.append(opaque_attention(q, k, v, pe, attn_mask, told))
+        return {"pe": None}
+
+    def deliver(attn: Tensor, extra_options: dict[str, Any]) -> Tensor:
+        return result[0]
+
+    patches = {"attn1_patch": [call_out], "attn1_output_patch": [deliver]}
+    return {"patches": patches, "optimized_attention_override": skipped}
+
+
 def patched_before(
     patches: Iterable[Callable[..., Mapping[str, Any]]],
     extra_options: Mapping[str, Any],
@@ -239,6 +258,11 @@ def _asked(args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Any, set[str
 def by_heads(x: Tensor, heads: int) -> Tensor:
     """(batch, tokens, heads * head dim) -> (batch, heads, tokens, head dim)."""
     return x.unflatten(2, (heads, -1)).transpose(1, 2)
+
+
+def has_queries(mask: Tensor | None) -> bool:
+    """Whether ``mask`` has a row for each query."""
+    return mask is not None and mask.ndim > 1 and mask.shape[-2] > 1
 
 
 def mask_dims(mask: Tensor | None, both: bool) -> tuple[int, ...]:

@@ -12,14 +12,22 @@ import comfy.ldm.modules.attention
 import torch
 from torch import Tensor, nn
 
-from ...hotpath.attention import Attend, cached_prefers_cudnn, cudnn_attention, opaque_attention
+from ...hotpath.attention import Attend, cudnn_attention
 from ...hotpath.exchange import exchanged
 from ...hotpath.partial_attention import attention_over_devices, has_parts
 from ...hotpath.sizes import as_size, from_size, span_within
 from ...hotpath.template import NotHoistable
 from ...hotpath.values import plainly_strided
 from ..layers.containers import preferred_attention
-from .attention import has_patches, is_overridden, patched_before, shared_attention, skipped
+from .attention import (
+    chosen,
+    has_patches,
+    is_overridden,
+    mask_dims,
+    patched_before,
+    patches_called_out,
+    shared_attention,
+)
 from .kinds import BlockKind, Family, Interface, SharedForward, random_tensor
 
 _STREAMS = {"img", "txt", "x"}
@@ -62,9 +70,7 @@ def token_dims(inputs: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     """Token dimensions of the inputs: (batch, tokens, hidden) streams, (batch, 1, tokens, ...) rotary embedding,
     (..., query tokens, key tokens) mask."""
     dims: dict[str, tuple[int, ...]] = {"img": (1,), "txt": (1,), "x": (1,), "pe": (2,)}
-    mask = inputs.get("attn_mask")
-    if mask is not None:
-        dims["attn_mask"] = (mask.ndim - 2, mask.ndim - 1)
+    dims["attn_mask"] = mask_dims(inputs.get("attn_mask"), both=True)
     return {name: dims[name] for name in dims if inputs.get(name) is not None}
 
 
@@ -188,26 +194,10 @@ def _rotated(inputs: Mapping[str, Any], cudnn: bool) -> Mapping[str, Any]:
 
 def bind_opaque(inputs: Mapping[str, Any]) -> Mapping[str, Any]:
     """Stand in for all patches around attention through the host's own hooks, and call out in their place."""
-    result: list[Tensor] = []
-
-    def call_out(
-        q: Tensor, k: Tensor, v: Tensor, pe: Tensor, attn_mask: Tensor | None, extra_options: dict[str, Any]
-    ) -> dict[str, None]:
-        result.append(opaque_attention(q, k, v, pe, attn_mask, extra_options.get("img_slice", [])))
-        return {"pe": None}
-
-    def deliver(attn: Tensor, extra_options: dict[str, Any]) -> Tensor:
-        return result[0]
-
-    patches = {"attn1_patch": [call_out], "attn1_output_patch": [deliver]}
-    return _arguments(inputs, {"patches": patches, "optimized_attention_override": skipped})
+    return _arguments(inputs, patches_called_out("img_slice"))
 
 
-def bind_for(attend: Attend | None, like: Tensor) -> Callable[[Mapping[str, Any]], Mapping[str, Any]]:
-    """How the blocks are traced on ``like``'s device, with patches around attention or without."""
-    if attend is not None:
-        return bind_opaque
-    return bind_cudnn if cached_prefers_cudnn(like.device) else bind_traced
+bind_for = chosen(bind_traced, bind_cudnn, bind_opaque)
 
 
 def conditioning(diffusion_model: Any, tokens: int) -> tuple[Tensor, dict[str, Any]]:

@@ -9,17 +9,18 @@ from typing import Any
 import comfy.ldm.krea2.model as host
 from torch import Tensor, nn
 
-from ...hotpath.attention import Attend, opaque_attention
+from ...hotpath.attention import Attend
 from .attention import (
     bind_cudnn,
     bind_traced,
     block_arguments,
     chosen,
+    has_queries,
     is_plain,
     mask_dims,
     patched_before,
+    patches_called_out,
     region_arguments,
-    skipped,
 )
 from .kinds import BlockKind, Family, Interface, random_tensor
 
@@ -66,27 +67,13 @@ def region_inputs(inputs: Mapping[str, Any], like: Tensor, dynamic: bool) -> dic
 def token_dims(inputs: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     """See ``Interface``: (batch, tokens, hidden) stream, (batch, 1, tokens, ...) rotary embedding, a mask."""
     mask = inputs.get("mask")
-    both = mask is not None and mask.ndim > 1 and mask.shape[-2] > 1
-    dims = {"x": (1,), "freqs": (2,), "mask": mask_dims(mask, both=both)}
+    dims = {"x": (1,), "freqs": (2,), "mask": mask_dims(mask, both=has_queries(mask))}
     return {name: dims[name] for name in dims if inputs.get(name) is not None}
 
 
 def bind_opaque(inputs: Mapping[str, Any]) -> Mapping[str, Any]:
     """Stand in for all patches around attention through the host's own hooks, and call out in their place."""
-    result: list[Tensor] = []
-
-    def call_out(
-        q: Tensor, k: Tensor, v: Tensor, pe: Tensor, attn_mask: Tensor | None, extra_options: dict[str, Any]
-    ) -> dict[str, None]:
-        result.append(opaque_attention(q, k, v, pe, attn_mask, []))
-        return {"pe": None}
-
-    def deliver(attn: Tensor, extra_options: dict[str, Any]) -> Tensor:
-        return result[0]
-
-    patches = {"attn1_patch": [call_out], "attn1_output_patch": [deliver]}
-    options = {"block_index": 0, "patches": patches, "optimized_attention_override": skipped}
-    return block_arguments(inputs, options)
+    return block_arguments(inputs, {"block_index": 0, **patches_called_out()})
 
 
 def conditioning(diffusion_model: Any, tokens: int) -> tuple[Tensor, dict[str, Any]]:

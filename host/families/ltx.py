@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ...hotpath.attention import Attend, joined
 from ...hotpath.sizes import as_size, from_size
 from ...hotpath.template import NotHoistable
-from .attention import called_out, chosen, cudnn_first, is_plain, mask_dims, precision
+from .attention import called_out, chosen, cudnn_first, has_queries, is_plain, mask_dims, precision
 from .kinds import BlockKind, Family, Interface, random_tensor
 
 _STREAMS = ("video", "audio")
@@ -95,7 +95,7 @@ def token_dims(inputs: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     dims: dict[str, tuple[int, ...]] = {name: (1,) for name in (*_STREAMS, *_CONTEXTS, *_ROTATIONS, *_TIMESTEPS)}
     for name in ("attention_mask", "self_attention_mask"):
         mask = inputs.get(name)
-        dims[name] = mask_dims(mask, both=mask is not None and mask.ndim > 1 and mask.shape[-2] > 1)
+        dims[name] = mask_dims(mask, both=has_queries(mask))
     present = {name: given for name, given in dims.items() if inputs.get(name) is not None}
     return {name: given for name, given in present.items() if all(inputs[name].shape[dim] > 1 for dim in given)}
 

@@ -29,7 +29,7 @@ from .weights import refuse_replaced_forward
 
 log = logging.getLogger(__name__)
 
-# Flux.1 in bf16 takes 2.1 MB a vector, so about 120 of them.
+# Flux.1 in bf16 takes 2.1 MB a vector, so 127 of them.
 CAPACITY = 2**28
 
 

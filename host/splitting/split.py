@@ -97,7 +97,7 @@ def split_repeated_blocks(model: ModelPatcher, devices: str, text: NodeText) -> 
         split.remove_callbacks_with_key(event, KEY)
     split.remove_additional_models(KEY)
     if len(chosen) == 1:
-        text.show(f"one device ({chosen[0]}): nothing is shared out", "skipped")
+        text.show(f"one device ({chosen[0]}): nothing is shared out", "one_device")
         return split
     text.show(f"loading the model for {len(chosen) - 1} more device(s) ...", "working")
     try:
@@ -106,7 +106,7 @@ def split_repeated_blocks(model: ModelPatcher, devices: str, text: NodeText) -> 
     # In the host's words, as its own multi-GPU nodes log them.
     except RuntimeError as reason:
         log.warning("Split Repeated Blocks: %s", reason)
-        text.show(f"on one device: {reason}", "eager")
+        text.show(f"on one device: {reason}", "one_device")
         return split
     blocks = SplitBlocks(split.model, shared, text)
     split.set_additional_models(KEY, copies)
@@ -311,7 +311,7 @@ class SplitBlocks:
         said = done or (f"on one device: {why_not}" if why_not else "")
         if said and said != self._told:
             self._told = said
-            self.text.show(said, "eager" if why_not else "done")
+            self.text.show(said, "one_device" if why_not else "done")
             if why_not:
                 log.warning("Split Repeated Blocks: %s", said)
 

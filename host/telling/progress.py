@@ -42,8 +42,8 @@ class NodeText:
 
         Args:
             text: one line that says it all.
-            state: ``working``, ``compiling``, ``compiled``, ``recompiled``, ``eager``, ``skipped``, ``stopped`` or
-                ``done``.
+            state: ``working``, ``compiling``, ``compiled``, ``recompiled``, ``eager``, ``skipped``, ``one_device``,
+                ``stopped`` or ``done``.
             reasons: (what happened, the input that avoids it or nothing) in plain words.
             facts: numbers and names that js/texts.js has labels for; ``seconds`` in names are seconds.
         """

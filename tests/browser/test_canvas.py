@@ -150,6 +150,20 @@ def test_eager_with_the_reason_and_a_toast_unless_toasts_are_off(page, live):
     assert toast.count() == 0
 
 
+@pytest.mark.sweep(keep=["classic"])
+def test_split_tells_on_the_node_that_there_is_one_device(page, live):
+    ids = page.load(workflow(live))
+    node = page.add("Split Repeated Blocks", (760, 500))
+    page.connect(ids["model"], 0, node, 0)
+    page.connect(node, 0, ids["sampler"], 0)
+    # Else one of the two modes would have it from the host's cache.
+    page.set(node, devices="0" if page.vue else "all")
+    page.queue()
+    page.wait_for_queue()
+    lines = [line for line in page.reads("one_device").splitlines() if line]
+    assert lines == ["\u25b2", "On one device", "one device (cpu): nothing is shared out"]
+
+
 @pytest.mark.sweep(keep=["Nodes 2.0"])
 def test_an_interrupt_while_it_compiles(page, live):
     page.load(compiled(live, page, backend="hotpath_dev_slow", dynamic="always"))

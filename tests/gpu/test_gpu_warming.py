@@ -20,7 +20,6 @@ def test_the_first_step_on_a_card_finds_ready_what_it_needs(dynamic, format, tmp
     import folder_paths
     from hotpath_pack.host.compiling import compile as host_compile
     from hotpath_pack.host.compiling import regions as host_regions
-    from hotpath_pack.host.compiling import warming
     from hotpath_pack.host.compiling.when import LATER
     from hotpath_pack.host.telling.progress import NodeText
     from hotpath_pack.hotpath.region_store import RegionStore
@@ -38,7 +37,7 @@ def test_the_first_step_on_a_card_finds_ready_what_it_needs(dynamic, format, tmp
     with torch.inference_mode():
         chosen = "all", "all", "error", NodeText(None), "auto"
         fast = host_compile.compile_repeated_blocks(model, CompileSettings(), *chosen, when="wait")
-    warming.until_ready()
+    gpu_host.until_ready()
     # The largest weight, and what blocks are called with.
     assert torch.cuda.max_memory_allocated() - before < 2**28
     assert torch.cuda.memory_allocated() - before < 2**20

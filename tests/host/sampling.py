@@ -5,6 +5,7 @@ from dataclasses import replace
 import torch
 from hotpath_pack.devtools.sampling import load as load
 from hotpath_pack.devtools.sampling import sample as sample
+from hotpath_pack.host.compiling.call import Call
 from hotpath_pack.host.compiling.compile import compile_repeated_blocks
 from hotpath_pack.host.quantizing.formats import node_formats
 from hotpath_pack.host.quantizing.quantize import quantize_repeated_blocks
@@ -44,6 +45,14 @@ def compiled_blocks(model):
     """The wrapper that the node put on a MODEL."""
     (wrapper,) = model.get_wrappers("apply_model", "hotpath_compile")
     return wrapper
+
+
+def swapped(model):
+    """A scope in which blocks of a compiled MODEL run as they do within a step."""
+    blocks = compiled_blocks(model)
+    call = Call(blocks.selected)
+    blocks.account = call.account
+    return blocks._swapped(model.model.diffusion_model, call, ())
 
 
 def quantized(model, format=None, skip="", text=None):

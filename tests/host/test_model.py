@@ -13,7 +13,7 @@ from comfy_api.torch_helpers import set_torch_compile_wrapper
 from conditions import in_fill, with_reference
 from hotpath_pack.devtools import checkpoints
 from hotpath_pack.host import check_version
-from sampling import Counting, Texts, assert_parity, compiled, compiled_blocks, load, sample
+from sampling import Counting, Texts, assert_parity, compiled, compiled_blocks, load, sample, swapped
 
 
 def forwards(model):
@@ -115,7 +115,7 @@ def test_a_call_that_records_gradients_stays_eager(flux):
     block = flux.model.diffusion_model.single_blocks[0]
     hidden = flux.model.diffusion_model.hidden_size
     vec = torch.randn(1, hidden, requires_grad=True)
-    with Counting() as counting, compiled_blocks(fast)._swapped(flux.model.diffusion_model):
+    with Counting() as counting, swapped(fast):
         block(torch.randn(1, 8, hidden), vec=vec, pe=None, transformer_options={}).sum().backward()
     assert counting.graphs == 0
     assert "gradients are being recorded" in compiled_blocks(fast).summary()

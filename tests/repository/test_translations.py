@@ -176,3 +176,18 @@ def is_said(text, parts):
     """Whether a message with these parts says it, be it only around what is filled in."""
     bare = [part.strip(" ().") for part in parts]
     return any(text in part or (len(part) > 8 and part in text) for part in bare)
+
+
+def test_each_node_that_tells_what_it_does_has_a_panel_that_knows_its_states():
+    script = (ROOT / "js" / "hotpath.js").read_text(encoding="utf-8")
+    with_panel = re.compile(re.search(r"^const WITH_PANEL = /(.*)/;$", script, re.MULTILINE)[1])
+    for path in (ROOT / "nodes").glob("*.py"):
+        node = path.read_text(encoding="utf-8")
+        if found := re.search(r'node_id="(\w+)"', node):
+            tells, has_panel = "NodeText(" in node, bool(with_panel.match(found[1]))
+            # What ends in a text of its own shows that.
+            assert tells == has_panel or (tells and "ui=" in node), found[1]
+    signs = re.search(r"^const SIGNS = \{\n(.*?)^\};$", script, re.MULTILINE | re.DOTALL)[1]
+    states = set(re.findall(r"^  (\w+):", signs, re.MULTILINE)) - {"idle"}
+    progress = (ROOT / "host" / "telling" / "progress.py").read_text(encoding="utf-8")
+    assert states == set(re.findall(r"``(\w+)``", re.search(r"state: (.*?)\n +reasons:", progress, re.DOTALL)[1]))

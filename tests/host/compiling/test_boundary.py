@@ -16,7 +16,7 @@ from hotpath_pack.hotpath.compiled import Region
 from hotpath_pack.hotpath.failures import RegionFailed, reason_of
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
-from sampling import Texts, assert_parity, compiled, compiled_blocks, offloaded, sample
+from sampling import Texts, assert_parity, compiled, compiled_blocks, offloaded, sample, swapped
 from torch._dynamo import register_backend
 from torch._dynamo.exc import InternalTorchDynamoError
 
@@ -246,7 +246,7 @@ def test_spans_that_end_in_none_run(flux):
     x = torch.randn(1, 8, hidden)
     with torch.inference_mode():
         want = block(x.clone(), **arguments)
-        with compiled_blocks(fast)._swapped(flux.model.diffusion_model):
+        with swapped(fast):
             got = block(x.clone(), **arguments)
     assert torch.allclose(want, got, atol=1e-5)
 

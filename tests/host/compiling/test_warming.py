@@ -11,6 +11,7 @@ import pytest
 import torch
 from comfy.sd import load_lora_for_models
 from hotpath_pack.devtools import checkpoints, family_models, gguf_pack
+from hotpath_pack.devtools.gpu_host import until_ready
 from hotpath_pack.host.compiling import artifacts, warming
 from hotpath_pack.host.compiling import when as whens
 from hotpath_pack.host.compiling.compile import compile_repeated_blocks
@@ -94,7 +95,7 @@ def test_the_first_step_finds_ready_what_it_needs(name, prepared, regions):
     with torch.inference_mode():
         model = {**OFTEN, **SELDOM}[name]()
         fast = ahead(model)
-        warming.until_ready()
+        until_ready()
         got, want = sample(fast), sample(model)
     exact = got.dtype == torch.float32 and name in ("patched", "offloaded", "with a LoRA", "streamed")
     assert (got - want).norm() <= (TOLERANCE if exact else 0.05) * want.norm()
@@ -125,13 +126,13 @@ def test_where_it_is_not_known_the_compiler_is_started(monkeypatch):
     monkeypatch.setattr(whens, "start_compiler", lambda device: started.append(threading.current_thread().name))
     model = family_models.tiny("z_image")
     ahead(model)
-    warming.until_ready()
+    until_ready()
     assert [name.startswith("hotpath-warming") for name in started] == [True]
     folder = artifacts.store().folder
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "another.graphs").touch()
     ahead(model)
-    warming.until_ready()
+    until_ready()
     assert len(started) == 1
 
 
@@ -139,7 +140,7 @@ def test_another_variant_is_compiled_as_ever(prepared, regions):
     """A patch that comes after the node, which it knew nothing of."""
     model = load(checkpoints.flux1(1, 0))
     fast = patched(ahead(model))
-    warming.until_ready()
+    until_ready()
     assert (sample(fast) - sample(patched(model))).abs().max() <= TOLERANCE
     assert len(prepared) == 2 and prepared[1] == "MainThread"
 
@@ -183,7 +184,7 @@ def test_memory_of_examples_goes_while_nobody_records(fails, monkeypatch):
     monkeypatch.setattr(warming, "example_weights", noted)
     monkeypatch.setattr(Region, "prepare", prepare)
     fast = ahead(load(checkpoints.flux1(1, 1)))
-    warming.until_ready()
+    until_ready()
     assert gone and all(gone)
     assert compiled_blocks(fast)
 
@@ -212,7 +213,7 @@ def test_an_interrupt_reaches_who_waits(monkeypatch, regions):
     blocks = model.model.diffusion_model.double_blocks
     assert all("forward" not in block.__dict__ for block in blocks)
     slow.go.set()
-    warming.until_ready()
+    until_ready()
     assert [(region.stats.graphs, region.compiled) for region in regions] == [(0, False)]
 
 
@@ -223,7 +224,7 @@ def test_a_node_that_is_executed_again_cancels_what_has_not_begun(monkeypatch):
     assert slow.begun.wait(60)
     second = ahead(model)
     slow.go.set()
-    warming.until_ready()
+    until_ready()
     assert len(slow.names) == 3 and first is not second
 
 
@@ -238,7 +239,7 @@ def test_what_is_under_way_keeps_no_model_alive(monkeypatch):
     gc.collect()
     assert left() is None
     slow.go.set()
-    warming.until_ready()
+    until_ready()
     assert len(slow.names) == 1
 
 
@@ -247,5 +248,5 @@ def test_without_a_cache_or_another_backend_nothing_is_compiled_ahead(monkeypatc
     slow.go.set()
     for change in (dict(cache="off"), dict(backend="aot_eager"), dict(fullgraph=False)):
         ahead(load(checkpoints.flux1(1, 0)), **change)
-        warming.until_ready()
+        until_ready()
     assert not slow.names

@@ -128,7 +128,7 @@ def test_what_cant_be_shared_out_runs_on_one_device_with_the_reason(filed, file,
     two = REFUSED[reason](split(filed, text=text))
     assert_parity(changed, two, **run)
     assert blocks_of(two).steps == 0
-    assert text.last["state"] == "eager" and text.seen[-1].startswith("on one device: ") and reason in text.seen[-1]
+    assert text.last["state"] == "one_device" and text.seen[-1].startswith("on one device: ") and reason in text.seen[-1]
 
 
 @pytest.mark.parametrize("wrap", [lambda model: model, compiled], ids=["eager", "compiled"])
@@ -153,7 +153,7 @@ def test_one_device_is_the_identity_and_says_so(filed):
 def test_a_loader_that_makes_no_second_model_is_told(flux):
     text = Texts()
     one = split(flux, text=text)
-    assert text.last["state"] == "eager" and "cached_patcher_init" in text.seen[-1]
+    assert text.last["state"] == "one_device" and "cached_patcher_init" in text.seen[-1]
     assert torch.equal(sample(flux), sample(one))
 
 

@@ -173,7 +173,7 @@ def test_a_device_that_fails_ends_in_the_image_of_one_with_the_reason(filed, whe
         got = sample(two, steps=3)
         assert torch.equal(want, got), "one device's to the bit"
     assert (blocks_of(two).steps, blocks_of(two).why_not) == (0, "cpu:2 failed: no memory left")
-    assert text.last["state"] == "eager" and text.seen[-1] == "on one device: cpu:2 failed: no memory left"
+    assert text.last["state"] == "one_device" and text.seen[-1] == "on one device: cpu:2 failed: no memory left"
     assert_parity(filed, two)
     assert_shared(two)
 
