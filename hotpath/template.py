@@ -18,6 +18,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from .placing import places_in
+
 # What every nn.Module carries; anything else on a module is structure that the forward may read.
 _MODULE_STATE = frozenset(nn.Module().__dict__)
 # Structures are long to compare and hash; each gets a number.
@@ -146,15 +148,18 @@ class BlockPlan:
     """How one block maps onto its template.
 
     ``key`` is equal for blocks of the same structure, within this process. ``given`` are the modules whose results are
-    inputs. Modules of the block are held weakly, so that a plan kept anywhere never keeps a model's weights alive.
+    inputs, ``weights`` how many the template has. Modules of the block are held weakly, so that a plan kept anywhere
+    never keeps a model's weights alive.
     """
 
     template: nn.Module
     key: int
     given: tuple[str, ...]
+    weights: int
     _layers: tuple[tuple[str, int, Hashable], ...] = field(repr=False)
     _places: tuple[_Place, ...] = field(repr=False)
     _additions: Additions = field(repr=False)
+    _methods: tuple[tuple[Mapping[str, Any], str, Any], ...] = field(repr=False)
 
     def layers(self, block: nn.Module) -> list[tuple[str, nn.Module, Hashable]]:
         """The layers of ``block`` that hold weights: path, layer, and its state as planned.
@@ -162,6 +167,9 @@ class BlockPlan:
         Raises:
             NotHoistable: something was bolted onto the block, or swapped or changed in it, since it was planned.
         """
+        for functions, name, function in self._methods:
+            if functions.get(name) is not function:
+                raise NotHoistable(f"{function.__qualname__} was replaced")
         modules: list[nn.Module] = []
         for path, parent, name, known, kind, children, given, read_state, state, added, settled in self._places:
             module = modules[parent]._modules.get(name) if modules else block
@@ -234,6 +242,7 @@ def plan_block(
     places: list[_Place] = []
     layers: list[tuple[str, int, Hashable]] = []
     key: list[Hashable] = []
+    methods: dict[type, list[tuple[Mapping[str, Any], str, Any]]] = {}
 
     def copy(path: str, parent: int, module: nn.Module) -> nn.Module:
         addition = _addition(path, module, additions)
@@ -246,6 +255,9 @@ def plan_block(
         state = None if read_state is None else read_state(module)
         plain = None if given else plain_layer(module)
         kind: type = type(module)
+        for base in _own_bases(kind):
+            if base not in methods:
+                methods[base] = [(vars(base), name, vars(base)[name]) for name, _ in functions_of(base)]
         unread = (*bookkeeping, *(() if path else ignored))
         is_layer = given or plain is not None
         values = {} if is_layer else {name: value for name, value in own_state(module).items() if name not in unread}
@@ -268,7 +280,8 @@ def plan_block(
         for name, value in values.items():
             if not is_plain(value):
                 raise NotHoistable(f"{path or 'the block'}.{name} is a {type(value).__name__}, which can't be copied")
-        key.append((path, type(module), tuple(sorted(values.items(), key=lambda item: item[0])), tuple(own.items())))
+        code = tuple(weakref.ref(function) for base in _own_bases(kind) for _, function in functions_of(base))
+        key.append((path, kind, code, tuple(sorted(values.items(), key=lambda item: item[0])), tuple(own.items())))
         twin = type(module).__new__(type(module))
         nn.Module.__init__(twin)
         twin.__dict__.update(values)
@@ -284,7 +297,10 @@ def plan_block(
     template = copy("", 0, block).eval().requires_grad_(False)
     number = _structures.setdefault(tuple(key), len(_structures))
     given = tuple(place.path for place in places if place.given)
-    return BlockPlan(template, number, given, tuple(layers), tuple(places), additions)
+    known_methods = tuple(method for each in methods.values() for method in each)
+    return BlockPlan(
+        template, number, given, len(places_in(template)), tuple(layers), tuple(places), additions, known_methods
+    )
 
 
 def constants(kind: type) -> Collection[str]:
@@ -295,9 +311,12 @@ def constants(kind: type) -> Collection[str]:
 @lru_cache(maxsize=256)
 def _read_by(kind: type) -> frozenset[str]:
     """The names that functions of a class mention; others may leave what they like on its modules."""
-    bases = kind.__mro__[: kind.__mro__.index(nn.Module)]
-    functions = [function for base in bases for _, function in functions_of(base)]
+    functions = [function for base in _own_bases(kind) for _, function in functions_of(base)]
     return frozenset(name for each in functions for code in codes_of(each.__code__) for name in code.co_names)
+
+
+def _own_bases(kind: type) -> tuple[type, ...]:
+    return kind.__mro__[: kind.__mro__.index(nn.Module)]
 
 
 def functions_of(kind: type) -> Iterator[tuple[str, FunctionType]]:

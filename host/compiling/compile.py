@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from ...hotpath.attention import attention_scope
 from ...hotpath.compiled import Bind, Region
 from ...hotpath.failures import RegionFailed, belongs_to_host
+from ...hotpath.internals.state import any_global_hook
 from ...hotpath.settings import CompileSettings
 from ...hotpath.template import NotHoistable
 from ...hotpath.waiting import while_waiting
@@ -259,6 +260,8 @@ class CompiledBlocks(Ledger):
                 activation = inputs[kind.activation]
                 if torch.is_grad_enabled():
                     raise NotHoistable("gradients are being recorded, and weights enter a region without theirs")
+                if any_global_hook():
+                    raise NotHoistable("a hook is around every module, and a region has modules of its own")
                 options = inputs.get("transformer_options", {})
                 kind.refuse_unknown(options)
                 attend = kind.interface.attention_for(options, block)
@@ -287,6 +290,8 @@ class CompiledBlocks(Ledger):
                 if arrived and attend is None and self.on_failure == "eager":
                     scope.enter_context(MemoryMayEnd(taken))
                 weights = block_weights(layers, activation)
+                if len(weights) != plan.weights:
+                    raise NotHoistable("a layer has other weights than when it was planned")
                 like = plan.key, *way
                 region = call.regions.get(like)
                 # For whatever else is in the key of a region its graphs have guards.

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from ...hotpath.attention import Attend
 from ...hotpath.compiled import Bind
-from ...hotpath.internals.state import any_global_hook
 from ...hotpath.template import NotHoistable, refuse_bolted_on
 from ..residency.weights import class_name, refuse_replaced_forward
 from .reads import ANY, options_read
@@ -181,7 +180,7 @@ class Family:
         brings some along."""
         every = sum(len(kind.blocks(diffusion_model)) for kind in self.kinds)
         hosts = self.shared is not None and self.shared.of(diffusion_model) and self.shared.is_hosts(diffusion_model)
-        return hosts and len(blocks) == every and not any_global_hook()
+        return hosts and len(blocks) == every
 
 
 def _is_one_of(diffusion_model: nn.Module, classes: tuple[str, ...]) -> bool:

@@ -100,11 +100,19 @@ def class_name(kind: type) -> str:
 
 def refuse_replaced_forward(kind: type) -> None:
     """Raise NotHoistable for a class whose forward is not code of the file that defines it."""
-    owner = next(base for base in kind.__mro__ if "forward" in vars(base))
-    code = getattr(vars(owner)["forward"], "__code__", None)
-    if code is None or code.co_filename != sys.modules[owner.__module__].__file__:
-        raise NotHoistable(f"the forward of {class_name(kind)} was replaced")
+    # One may call that of a base.
+    for owner in kind.__mro__[: kind.__mro__.index(nn.Module)]:
+        if "forward" in vars(owner):
+            code = getattr(vars(owner)["forward"], "__code__", None)
+            if code is None or code.co_filename != sys.modules[owner.__module__].__file__:
+                raise NotHoistable(f"the forward of {class_name(kind)} was replaced")
 
+
+# What classes of tensors have that compute as any tensor does, such as parameters.
+_AS_TENSORS = {
+    "__torch_function__": torch._C._disabled_torch_function_impl,
+    "__torch_dispatch__": torch._C._disabled_torch_dispatch_impl,
+}
 
 Layers = Sequence[tuple[str, nn.Module, Hashable]]
 """Layers of a block that hold weights: path, layer, and its state as ``layer_states`` tells it."""
@@ -168,6 +176,9 @@ def block_weights(layers: Layers, like: Tensor) -> dict[str, Tensor]:
             weights.update({f"{path}.{name}": plain_tensor(tensor) for name, tensor in tensors.items()})
             continue
         weight, bias = _weight_and_bias(layer, like, state == _CAST)
+        for tensor in (weight, bias):
+            if tensor is not None and _computes_itself(type(tensor)) and not is_gguf_layer(type(layer)):
+                raise NotHoistable(f"{path} has a weight of {class_name(type(tensor))}, which computes in its own way")
         if weight is not None:
             weights[f"{path}.weight"] = plain_tensor(plain(weight))
         if bias is not None:
@@ -202,6 +213,12 @@ def _weight_and_bias(layer: Any, like: Tensor, cast: bool) -> tuple[Tensor | Non
             raise NotHoistable(f"this ComfyUI multiplies in {layer.quant_format} where full precision is asked for")
         weight = weight.dequantize()
     return weight, bias
+
+
+@functools.cache
+def _computes_itself(kind: type) -> bool:
+    bases = kind.__mro__[: kind.__mro__.index(Tensor)]
+    return any(vars(base).get(name, plain) is not plain for base in bases for name, plain in _AS_TENSORS.items())
 
 
 def _as_loaded(parameter: Tensor, like: Tensor) -> Tensor:

@@ -33,8 +33,11 @@ def known_options(options: Mapping[str, Any]) -> dict[str, Any]:
 
 def any_global_hook() -> bool:
     """Whether there may be a hook that is called around every module."""
-    asked = getattr(torch.nn.modules.module, "_has_any_global_hook", None)
-    return asked is None or asked()
+    module = torch.nn.modules.module
+    asked = getattr(module, "_has_any_global_hook", None)
+    if asked is not None:
+        return bool(asked())
+    return any(getattr(module, name, True) for name in ("_global_forward_hooks", "_global_forward_pre_hooks"))
 
 
 @lru_cache

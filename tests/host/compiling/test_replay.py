@@ -216,14 +216,6 @@ def test_where_other_code_may_run_between_blocks_all_is_brought_for_each(deep, r
     assert_brought_for_each_block(change(deep), recorder, found_here)
 
 
-def test_where_a_hook_is_in_every_module_all_is_brought_for_each(deep, recorder, found_here):
-    handle = torch.nn.modules.module.register_module_forward_pre_hook(lambda module, inputs: None)
-    try:
-        assert_brought_for_each_block(deep, recorder, found_here)
-    finally:
-        handle.remove()
-
-
 def test_after_a_block_that_runs_eager_all_is_brought_anew(deep, recorder, found_here):
     on = compile_repeated_blocks(deep, CompileSettings(), "0, 2-3", "all", "error", Texts(), "auto")
     replays_of(on).always = True

@@ -128,7 +128,9 @@ def test_what_cant_be_shared_out_runs_on_one_device_with_the_reason(filed, file,
     two = REFUSED[reason](split(filed, text=text))
     assert_parity(changed, two, **run)
     assert blocks_of(two).steps == 0
-    assert text.last["state"] == "one_device" and text.seen[-1].startswith("on one device: ") and reason in text.seen[-1]
+    assert (
+        text.last["state"] == "one_device" and text.seen[-1].startswith("on one device: ") and reason in text.seen[-1]
+    )
 
 
 @pytest.mark.parametrize("wrap", [lambda model: model, compiled], ids=["eager", "compiled"])

@@ -1,0 +1,101 @@
+"""What another node replaces in the classes of a model's modules, for some steps or for good, is in the image."""
+
+import contextlib
+from unittest.mock import patch
+
+import comfy.ldm.flux.layers
+import comfy.ldm.lightricks.av_model
+import comfy.ldm.qwen_image.model
+import comfy.ldm.wan.model
+import comfy.ops
+import pytest
+import torch
+from hotpath_pack.devtools import checkpoints
+from hotpath_pack.devtools.family_models import tiny
+from sampling import SMALL, TOLERANCE, compiled, compiled_blocks, load, sample
+from torch import nn
+
+CLASSES = {
+    "QKNorm": ("flux", comfy.ldm.flux.layers.QKNorm, "forward"),
+    "the host's Linear": ("flux", comfy.ops.disable_weight_init.Linear, "forward"),
+    "Linear": ("flux", nn.Linear, "forward"),
+    "LayerNorm": ("flux", nn.LayerNorm, "forward"),
+    "RMSNorm": ("flux", nn.RMSNorm, "forward"),
+    "GELU": ("flux", nn.GELU, "forward"),
+    "Wan": ("wan_t2v", comfy.ldm.wan.model.WanSelfAttention, "forward"),
+    "Qwen-Image": ("qwen_image", comfy.ldm.qwen_image.model.Attention, "forward"),
+    "LTX": ("ltx2", comfy.ldm.lightricks.av_model.BasicAVTransformerBlock, "get_ada_values"),
+}
+
+
+def times(original):
+    def changed(self, *args, **kwargs):
+        out = original(self, *args, **kwargs)
+        return tuple(part * 1.3 for part in out) if isinstance(out, (tuple, list)) else out * 1.3
+
+    return changed
+
+
+@pytest.mark.parametrize("which", CLASSES)
+def test_a_method_replaced_for_some_steps(flux, which):
+    family, kind, name = CLASSES[which]
+    model = flux if family == "flux" else tiny(family)
+    replaced, calls = times(getattr(kind, name)), []
+
+    def wrapper(executor, *args, **kwargs):
+        calls.append(None)
+        with patch.object(kind, name, replaced) if len(calls) > 1 else contextlib.nullcontext():
+            return executor(*args, **kwargs)
+
+    scheduled = model.clone()
+    scheduled.add_wrapper_with_key("diffusion_model", "other pack", wrapper)
+    plain, want = sample(model, **SMALL), sample(scheduled, **SMALL)
+    calls.clear()
+    got = sample(compiled(scheduled, on_failure="eager"), **SMALL)
+    assert (want - plain).abs().max() > 1e-3
+    assert (want - got).abs().max() <= TOLERANCE
+
+
+@pytest.mark.parametrize("before", [True, False])
+def test_a_hook_around_every_module(flux, before):
+    layer, fast = flux.model.diffusion_model.single_blocks[0].linear1, compiled(flux, on_failure="eager")
+    plain = sample(flux if before else fast, **SMALL)
+    hook = lambda module, args, out: out * 1.3 if module is layer else None  # noqa: E731
+    handle = nn.modules.module.register_module_forward_hook(hook)
+    try:
+        want, got = sample(flux, **SMALL), sample(fast, **SMALL)
+        told = compiled_blocks(fast).summary()
+    finally:
+        handle.remove()
+    assert (want - plain).abs().max() > 1e-3 and (want - got).abs().max() <= TOLERANCE
+    assert "a hook is around every module" in told
+    assert (sample(fast, **SMALL) - plain).abs().max() <= TOLERANCE
+
+
+class Scaled(torch.Tensor):
+    """A weight whose products are its own."""
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        out = super().__torch_function__(func, types, args, kwargs or {})
+        return out * 1.3 if func is torch.nn.functional.linear or func is torch._C._nn.linear else out
+
+
+def test_a_weight_that_computes_in_its_own_way_runs_eager(flux):
+    layer = flux.model.diffusion_model.single_blocks[0].linear1
+    before = sample(flux, **SMALL)
+    layer.weight = nn.Parameter(layer.weight.detach().clone().as_subclass(Scaled), requires_grad=False)
+    fast = compiled(flux, on_failure="eager")
+    want, got = sample(flux, **SMALL), sample(fast, **SMALL)
+    assert (want - before).abs().max() > 1e-3 and (want - got).abs().max() <= TOLERANCE
+    assert "which computes in its own way" in compiled_blocks(fast).summary()
+
+
+def test_a_bias_that_a_layer_gains(flux):
+    model = load(checkpoints.flux2(1, 1))
+    fast, tokens = compiled(model, on_failure="eager"), dict(SMALL, width=64, height=64)
+    before = sample(fast, **tokens)
+    layer = model.model.diffusion_model.single_blocks[0].linear1
+    layer.bias = nn.Parameter(torch.randn(layer.out_features), requires_grad=False)
+    want, got = sample(model, **tokens), sample(fast, **tokens)
+    assert (want - before).abs().max() > 1e-3 and (want - got).abs().max() <= TOLERANCE
