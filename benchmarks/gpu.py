@@ -92,9 +92,9 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--rounds", type=positive, default=1, metavar="N", help="with --start: starts of each side")
     parser.add_argument("--card", type=float, nargs="+", metavar="GIB", help="only on cards with so much memory free")
     parser.add_argument("--small", action="store_true", help="only small models and sizes, with CUDA graphs")
-    parser.add_argument("--shapes", nargs="*", default=(), metavar="NAME", help="with --small: klein, dev")
+    parser.add_argument("--shapes", nargs="*", default=(), metavar="NAME", help="with --small or --devices: klein, dev")
     parser.add_argument(
-        "--sizes", type=positive, nargs="*", default=(), metavar="N", help="with --small: 256, 512, 1024"
+        "--sizes", type=positive, nargs="*", default=(), metavar="N", help="with --small or --devices, in pixels"
     )
     parser.add_argument("--devices", type=positive, metavar="N", help="only over so many GPUs, beside one")
     parser.add_argument("--guidance", action="store_true", help="with --devices: by the host's MultiGPU CFG Split")
