@@ -22,7 +22,7 @@ import torch
 from torch import nn
 
 from .stretch import stretch
-from .template import codes_of, functions_of, own_state
+from .template import codes_of, functions_of, own_bases, own_state
 from .values import varying_dims
 
 # The package that the pack was loaded as, which is its folder in a host.
@@ -120,7 +120,7 @@ def structure_text(template: nn.Module) -> str:
     lines, varying = [], varying_dims(template)
     for path, module in template.named_modules():
         state = tuple(sorted(own_state(module).items()))
-        lines.append(f"{path} {[_class_text(kind) for kind in _own_classes(module)]} {text_of(state)}")
+        lines.append(f"{path} {[_class_text(kind) for kind in own_bases(type(module))]} {text_of(state)}")
         for name, parameter in module._parameters.items():
             if parameter is None:
                 lines.append(f"{path}.{name} None")
@@ -130,10 +130,6 @@ def structure_text(template: nn.Module) -> str:
             shape = tuple(None if dim in dims else size for dim, size in enumerate(parameter.shape))
             lines.append(f"{path}.{name} {shape} {parameter.dtype}")
     return "\n".join(lines)
-
-
-def _own_classes(module: nn.Module) -> list[type]:
-    return list(type(module).__mro__[: type(module).__mro__.index(nn.Module)])
 
 
 def _methods(kind: type) -> list[FunctionType]:
@@ -344,7 +340,7 @@ def _functions(values: Iterable[Any]) -> Iterator[FunctionType]:
             yield from _methods(value)
         elif isinstance(value, nn.Module):
             for module in value.modules():
-                yield from _functions(_own_classes(module))
+                yield from _functions(own_bases(type(module)))
 
 
 def ships_with_python_or_torch(module: str) -> bool:

@@ -167,9 +167,9 @@ class BlockPlan:
         Raises:
             NotHoistable: something was bolted onto the block, or swapped or changed in it, since it was planned.
         """
-        for functions, name, function in self._methods:
-            if functions.get(name) is not function:
-                raise NotHoistable(f"{function.__qualname__} was replaced")
+        for members, name, member in self._methods:
+            if members.get(name) is not member:
+                raise NotHoistable(f"{name} of a class was replaced")
         modules: list[nn.Module] = []
         for path, parent, name, known, kind, children, given, read_state, state, added, settled in self._places:
             module = modules[parent]._modules.get(name) if modules else block
@@ -242,7 +242,7 @@ def plan_block(
     places: list[_Place] = []
     layers: list[tuple[str, int, Hashable]] = []
     key: list[Hashable] = []
-    methods: dict[type, list[tuple[Mapping[str, Any], str, Any]]] = {}
+    methods: dict[type, tuple[tuple[str, FunctionType], ...]] = {}
 
     def copy(path: str, parent: int, module: nn.Module) -> nn.Module:
         addition = _addition(path, module, additions)
@@ -255,9 +255,7 @@ def plan_block(
         state = None if read_state is None else read_state(module)
         plain = None if given else plain_layer(module)
         kind: type = type(module)
-        for base in _own_bases(kind):
-            if base not in methods:
-                methods[base] = [(vars(base), name, vars(base)[name]) for name, _ in functions_of(base)]
+        methods.update((base, tuple(functions_of(base))) for base in own_bases(kind) if base not in methods)
         unread = (*bookkeeping, *(() if path else ignored))
         is_layer = given or plain is not None
         values = {} if is_layer else {name: value for name, value in own_state(module).items() if name not in unread}
@@ -280,7 +278,7 @@ def plan_block(
         for name, value in values.items():
             if not is_plain(value):
                 raise NotHoistable(f"{path or 'the block'}.{name} is a {type(value).__name__}, which can't be copied")
-        code = tuple(weakref.ref(function) for base in _own_bases(kind) for _, function in functions_of(base))
+        code = tuple(weakref.ref(function) for base in own_bases(kind) for _, function in methods[base])
         key.append((path, kind, code, tuple(sorted(values.items(), key=lambda item: item[0])), tuple(own.items())))
         twin = type(module).__new__(type(module))
         nn.Module.__init__(twin)
@@ -297,7 +295,7 @@ def plan_block(
     template = copy("", 0, block).eval().requires_grad_(False)
     number = _structures.setdefault(tuple(key), len(_structures))
     given = tuple(place.path for place in places if place.given)
-    known_methods = tuple(method for each in methods.values() for method in each)
+    known_methods = tuple((vars(base), name, vars(base)[name]) for base, each in methods.items() for name, _ in each)
     return BlockPlan(
         template, number, given, len(places_in(template)), tuple(layers), tuple(places), additions, known_methods
     )
@@ -311,11 +309,12 @@ def constants(kind: type) -> Collection[str]:
 @lru_cache(maxsize=256)
 def _read_by(kind: type) -> frozenset[str]:
     """The names that functions of a class mention; others may leave what they like on its modules."""
-    functions = [function for base in _own_bases(kind) for _, function in functions_of(base)]
+    functions = [function for base in own_bases(kind) for _, function in functions_of(base)]
     return frozenset(name for each in functions for code in codes_of(each.__code__) for name in code.co_names)
 
 
-def _own_bases(kind: type) -> tuple[type, ...]:
+def own_bases(kind: type) -> tuple[type, ...]:
+    """A class of modules and those that it inherits from, without what every module has."""
     return kind.__mro__[: kind.__mro__.index(nn.Module)]
 
 

@@ -16,7 +16,7 @@ import comfy.ldm.flux.layers
 import comfy.ldm.modules.attention
 from torch import nn
 
-from ...hotpath.template import NotHoistable, codes_of, functions_of, is_plain, own_state
+from ...hotpath.template import NotHoistable, codes_of, functions_of, is_plain, own_bases, own_state
 
 _HOST = "comfy"
 # Their state is set when they are made; asking for it at each call of each block would cost time.
@@ -83,7 +83,7 @@ def attributes_of(module: nn.Module) -> Iterator[tuple[str, Any]]:
 
 def _methods(kind: type) -> Iterator[FunctionType]:
     """All functions of the class that may run within its forward."""
-    for base in kind.__mro__[: kind.__mro__.index(nn.Module)]:
+    for base in own_bases(kind):
         if base.__module__.startswith(_SETTLED):
             # PyTorch's own, of which the host's may be a kind: what of it stores never runs in a forward.
             continue

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import LayerNorm, Linear, RMSNorm
 
 from ...hotpath.gelu import LogisticGelu
-from ...hotpath.template import OWNED, NotHoistable, PlainLayer
+from ...hotpath.template import OWNED, NotHoistable, PlainLayer, own_bases
 from ...hotpath.values import plain_tensor
 from ..layers.bypass import bypass_weights
 from ..layers.containers import HostsAttention, container_state, is_container, is_preference, preferred_attention
@@ -101,7 +101,7 @@ def class_name(kind: type) -> str:
 def refuse_replaced_forward(kind: type) -> None:
     """Raise NotHoistable for a class whose forward is not code of the file that defines it."""
     # One may call that of a base.
-    for owner in kind.__mro__[: kind.__mro__.index(nn.Module)]:
+    for owner in own_bases(kind):
         if "forward" in vars(owner):
             code = getattr(vars(owner)["forward"], "__code__", None)
             if code is None or code.co_filename != sys.modules[owner.__module__].__file__:

@@ -143,6 +143,29 @@ def test_what_is_bolted_on_later_is_noticed(bolt):
         plan.layers(block)
 
 
+@pytest.mark.parametrize("name", ["forward", "twice"])
+def test_a_method_or_property_of_a_class_that_is_replaced_is_noticed(monkeypatch, name):
+    class Own(Block):
+        @property
+        def twice(self):
+            return 2
+
+        def forward(self, x):
+            return super().forward(x) * self.twice
+
+    def plain(module):
+        return None if isinstance(module, Own) else plain_layer(module)
+
+    block = Own()
+    plan = plan_block(block, plain)
+    with monkeypatch.context() as patched:
+        patched.setattr(Own, name, property(lambda self: 3) if name == "twice" else Block.forward)
+        with pytest.raises(NotHoistable, match=f"{name} of a class was replaced"):
+            plan.layers(block)
+        assert plan_block(block, plain).key != plan.key
+    assert plan.layers(block) and plan_block(block, plain).key == plan.key
+
+
 def test_a_layer_swapped_for_one_like_it_is_noticed():
     block = Block()
     plan = plan_block(block, plain_layer)
