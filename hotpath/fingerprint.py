@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ast
 import hashlib
+import importlib
 import inspect
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
@@ -49,11 +50,12 @@ def portable_name(module: str) -> str:
 
 
 def module_named(portable: str) -> ModuleType:
-    """The module of a ``portable_name``, which must have been imported. Raises NotPortable."""
+    """The module of a ``portable_name``, which must have been imported, unless it is one of Python or PyTorch that code
+    imports where it is used. Raises NotPortable."""
     name = PACK + portable[1:] if portable.startswith("~") else portable
     try:
-        return sys.modules[name]
-    except KeyError:
+        return sys.modules[name] if not ships_with_python_or_torch(name) else importlib.import_module(name)
+    except (KeyError, ImportError):
         raise NotPortable(f"the module {portable} is not loaded") from None
 
 
