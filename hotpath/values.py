@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import fields, is_dataclass, replace
 from typing import Any
 
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 # No tensor has so many elements.
 _LARGEST = 2**48
+_PLACES = 16
 
 
 def plain_tensor(value: Tensor) -> Tensor:
@@ -37,6 +38,21 @@ def lying_in(storage: Any, start: int, shape: Sequence[int], stride: Sequence[in
     """A tensor in ``storage``, from element ``start`` of its ``dtype`` on."""
     tensor: Any = torch.empty(0, dtype=dtype, device=storage.device)
     return tensor.set_(storage, start, tuple(shape), tuple(stride))
+
+
+def sampled(tensors: Iterable[Tensor]) -> Tensor:
+    """Bytes of each of ``tensors`` from 16 places spread over its memory, on the CPU: what scales a weight in place, or
+    adds a LoRA to it, changes some of them, also where PyTorch counts no changes, as of what was made in inference
+    mode. On a GPU it waits for what is queued before it. Of a tensor of another class nothing is read."""
+    parts: dict[torch.device, list[Tensor]] = {}
+    for tensor in tensors:
+        if type(tensor) not in (Tensor, nn.Parameter) or tensor.layout != torch.strided or tensor.is_meta:
+            continue
+        size, start = extent(tensor.shape, tensor.stride(), tensor.itemsize), tensor.storage_offset() * tensor.itemsize
+        shape, stride = ((_PLACES, _PLACES), (size // _PLACES, 1)) if size > _PLACES**2 else ((size,), (1,))
+        places = lying_in(tensor.untyped_storage(), start, shape, stride, torch.uint8)
+        parts.setdefault(tensor.device, []).append(places.flatten())
+    return torch.cat([torch.empty(0, dtype=torch.uint8), *(torch.cat(each).cpu() for each in parts.values())])
 
 
 def plainly_strided(value: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from copy import copy
 from functools import partial
+from operator import is_
 from typing import Any
 
 import comfy.model_management
@@ -19,12 +20,14 @@ from torch import Tensor, nn
 
 from ...hotpath.ahead import Table, content_key
 from ...hotpath.template import Given, NotHoistable, refuse_bolted_on
+from ...hotpath.values import sampled
 from ..families import family_of, named_modulations
 from ..layers.gguf import is_gguf_layer
 from ..layers.quantized import as_multiplied
 from ..model_call import ModelCall
 from ..models import to_device, why_untouched
 from ..telling.progress import PartText
+from .pieces import tensors_of
 from .weights import refuse_replaced_forward
 
 log = logging.getLogger(__name__)
@@ -124,7 +127,9 @@ class _State:
     def __init__(self, owner: ModulationAhead) -> None:
         self.table = Table(CAPACITY)
         self._owner = owner
-        self._made_from: tuple[Hashable, list[weakref.ref[nn.Parameter]], list[int | None]] = (None, [], [])
+        self._made_from: Hashable = None
+        self._parameters: list[weakref.ref[nn.Parameter]] = []
+        self._content = sampled([])
         self._givens: dict[str, Given] = {}
         self._modules: dict[str, Any] = {}
         self._fill: Callable[[Hashable, Tensor], Mapping[str, Any]]
@@ -231,13 +236,15 @@ class _State:
         parameters = [
             parameter for layer in layers for parameter in layer._parameters.values() if parameter is not None
         ]
-        which = patcher.patches_uuid, patcher.load_device, tuple(self._modules)
-        versions = [_version(item) for item in parameters]
-        made_from, known, known_versions = self._made_from
-        same = len(known) == len(parameters) and all(ref() is item for ref, item in zip(known, parameters, strict=True))
-        if made_from != which or not same or known_versions != versions:
+        versions = tuple(map(_version, parameters))
+        made_from = patcher.patches_uuid, patcher.load_device, tuple(self._modules), versions
+        known = [ref() for ref in self._parameters]
+        same = len(known) == len(parameters) and all(map(is_, known, parameters))
+        content = sampled(tensor for parameter in parameters for tensor in tensors_of(parameter))
+        if self._made_from != made_from or not same or not torch.equal(content, self._content):
             self.table.clear()
-            self._made_from = which, [weakref.ref(parameter) for parameter in parameters], versions
+            self._made_from, self._content = made_from, content
+            self._parameters = [weakref.ref(parameter) for parameter in parameters]
 
 
 def with_given(block: nn.Module, patcher: ModelPatcher) -> nn.Module:

@@ -24,7 +24,8 @@ class Piece(NamedTuple):
     offsets: list[int]
 
 
-def _tensors(parameter: Tensor) -> list[Tensor]:
+def tensors_of(parameter: Tensor) -> list[Tensor]:
+    """The plain tensors that a parameter is made of."""
     if isinstance(parameter, QuantizedTensor):
         names, _ = parameter.__tensor_flatten__()
         return [getattr(parameter, name) for name in names]
@@ -39,7 +40,7 @@ def pieces_of(layers: Iterable[Any], there: torch.device | None = None) -> tuple
         for name, parameter in layer._parameters.items():
             if parameter is None or parameter.device == there:
                 continue
-            tensors, offsets = _tensors(parameter), []
+            tensors, offsets = tensors_of(parameter), []
             for tensor in tensors:
                 offsets.append(offset)
                 offset += -(-tensor.nbytes // ALIGNMENT) * ALIGNMENT

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from ...hotpath.stream import Stream, copy_engine
 from ...hotpath.template import Around
+from ...hotpath.values import sampled
 from ..families import named_blocks, named_modulations
 from ..model_call import ModelCall
 from ..models import why_untouched
@@ -117,10 +118,16 @@ def pinned_copies(model: BaseModel) -> PinnedCopies:
 
 
 def _sources(
-    pinned: PinnedCopies, paths: Sequence[str], layers: Sequence[Sequence[Any]], slot_size: int, index: int
+    pinned: PinnedCopies,
+    paths: Sequence[str],
+    layers: Sequence[Sequence[Any]],
+    slot_size: int,
+    copied: dict[int, _Copied],
+    index: int,
 ) -> list[tuple[Tensor, int]]:
-    """What to copy into a slot for the block of ``paths`` and ``layers`` at ``index``."""
+    """What to copy into a slot for the block of ``paths`` and ``layers`` at ``index``, noted in ``copied``."""
     pieces, size = pieces_of(layers[index])
+    copied[index] = _Copied([tensor for tensor, _ in placed(pieces)])
     buffer = pinned.buffer(paths[index], pieces)
     if size > slot_size:
         raise RuntimeError(
@@ -239,6 +246,17 @@ class StreamedBlocks:
 LATEST: weakref.WeakValueDictionary[str | None, StreamedBlocks] = weakref.WeakValueDictionary()
 
 
+class _Copied:
+    """What was copied, to see whether it has changed in place since."""
+
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        self._tensors = tensors
+        self._content = sampled(tensors)
+
+    def is_stale(self) -> bool:
+        return not torch.equal(sampled(self._tensors), self._content)
+
+
 class _Run:
     """The slots of one sampling run of one model."""
 
@@ -254,8 +272,9 @@ class _Run:
         self._layers = [list(each.values()) for each in self._named]
         size = max(pieces_of(layers)[1] for layers in self._layers)
         self._views: dict[tuple[int, int], list[tuple[Piece, nn.Parameter]]] = {}
+        self._copied: dict[int, _Copied] = {}
         order = range(len(self._blocks))
-        sources = partial(_sources, pinned_copies(model), residency.streamed, self._layers, size)
+        sources = partial(_sources, pinned_copies(model), residency.streamed, self._layers, size, self._copied)
         self.stream = Stream(copy_engine(device), device, size, order, prefetch_blocks, sources)
 
     def with_quantized(self, patches: Mapping[str, Any]) -> int:
@@ -297,7 +316,10 @@ class _Run:
             yield
 
     def _refuse_stale(self, index: int) -> None:
-        """Fetch anew when the block has other parameters than at its last arrival."""
+        """Fetch anew when the block has other parameters than at its last arrival, or others in them."""
+        copied = self._copied.get(index)
+        if copied is not None and copied.is_stale():
+            self.stream.drain()
         for slot in range(len(self.stream.slots)):
             views = self._views.get((index, slot), ())
             if any(piece.layer._parameters[piece.name] is not piece.parameter for piece, _ in views):
