@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from types import ModuleType
 from typing import Any
 
 import comfy.ldm.modules.attention
+import comfy.ops
 import torch
 from comfy.model_patcher import ModelPatcher
 from torch import Tensor
@@ -146,13 +148,29 @@ def bind_called_out(inputs: Mapping[str, Any]) -> Mapping[str, Any]:
     return block_arguments(inputs, {"optimized_attention_override": called_out})
 
 
+def is_own(function: Any, module: ModuleType) -> bool:
+    """Whether ``function``, which ``module`` has, and all that it wraps is code of that module's file."""
+    while getattr(getattr(function, "__code__", None), "co_filename", None) == module.__file__:
+        if not hasattr(function, "__wrapped__"):
+            return True
+        function = function.__wrapped__
+    return False
+
+
+def _is_hosts_default() -> bool:
+    """Whether what the host runs by default is its call of PyTorch's attention, so that another order of PyTorch's
+    kernels computes the same."""
+    module, ops = comfy.ldm.modules.attention, comfy.ops
+    return is_own(module.attention_pytorch, module) and is_own(ops.scaled_dot_product_attention, ops)
+
+
 def chosen(traced: Bind, with_cudnn: Bind, opaque: Bind) -> Callable[[Attend | None, Tensor], Bind]:
     """``Interface.bind_for`` of blocks that are traced in one of these ways."""
 
     def bind_for(attend: Attend | None, like: Tensor) -> Bind:
         if attend is not None:
             return opaque
-        return with_cudnn if cached_prefers_cudnn(like.device) else traced
+        return with_cudnn if cached_prefers_cudnn(like.device) and _is_hosts_default() else traced
 
     return bind_for
 

@@ -9,6 +9,7 @@ from typing import Any
 import comfy.ldm.flux.layers
 import comfy.ldm.flux.math
 import comfy.ldm.modules.attention
+import comfy.quant_ops
 import torch
 from torch import Tensor, nn
 
@@ -23,6 +24,7 @@ from .attention import (
     chosen,
     has_patches,
     is_overridden,
+    is_own,
     mask_dims,
     patched_before,
     patches_called_out,
@@ -81,8 +83,7 @@ def attention_for(options: Mapping[str, Any], block: nn.Module) -> Attend | None
         NotHoistable: the host's attention was replaced by code that does not honour the host's override.
     """
     layers, math = comfy.ldm.flux.layers, comfy.ldm.flux.math
-    own_file = math.rope.__code__.co_filename
-    if layers.attention is not math.attention or math.attention.__code__.co_filename != own_file:
+    if layers.attention is not math.attention or not is_own(math.attention, math):
         raise NotHoistable(f"the attention of Flux blocks was replaced by {layers.attention.__module__}")
     if not hasattr(math.optimized_attention, "__wrapped__"):
         raise NotHoistable(f"the host's attention was replaced by {math.optimized_attention.__module__}")
@@ -91,7 +92,8 @@ def attention_for(options: Mapping[str, Any], block: nn.Module) -> Attend | None
     if (
         preferred is None
         and math.optimized_attention is comfy.ldm.modules.attention.attention_pytorch
-        and math.apply_rope.__code__.co_filename == own_file
+        and is_own(math.apply_rope, math)
+        and is_own(comfy.quant_ops.ck.apply_rope, comfy.quant_ops.ck)
         and (shared_attention(options) is not None or not is_overridden(options))
         and not patches.get("attn1_patch")
         and not patches.get("attn1_output_patch")

@@ -1,17 +1,22 @@
 """What another node replaces in the classes of a model's modules, for some steps or for good, is in the image."""
 
 import contextlib
+import functools
 from unittest.mock import patch
 
 import comfy.ldm.flux.layers
+import comfy.ldm.flux.math
 import comfy.ldm.lightricks.av_model
+import comfy.ldm.modules.attention
 import comfy.ldm.qwen_image.model
 import comfy.ldm.wan.model
 import comfy.ops
+import comfy.quant_ops
 import pytest
 import torch
 from hotpath_pack.devtools import checkpoints
 from hotpath_pack.devtools.family_models import tiny
+from hotpath_pack.host.families import attention
 from sampling import SMALL, TOLERANCE, compiled, compiled_blocks, load, sample
 from torch import nn
 
@@ -50,6 +55,47 @@ def test_a_method_replaced_for_some_steps(flux, which):
     scheduled = model.clone()
     scheduled.add_wrapper_with_key("diffusion_model", "other pack", wrapper)
     plain, want = sample(model, **SMALL), sample(scheduled, **SMALL)
+    calls.clear()
+    got = sample(compiled(scheduled, on_failure="eager"), **SMALL)
+    assert (want - plain).abs().max() > 1e-3
+    assert (want - got).abs().max() <= TOLERANCE
+
+
+FUNCTIONS = {
+    "the host's call of PyTorch's attention": (comfy.ops, "scaled_dot_product_attention"),
+    "the host's default attention": (comfy.ldm.modules.attention, "attention_pytorch"),
+    "PyTorch's attention": (torch.nn.functional, "scaled_dot_product_attention"),
+    "the kernel of the rotary embedding": (comfy.quant_ops.ck, "apply_rope"),
+    "the rotary embedding": (comfy.ldm.flux.math, "apply_rope"),
+}
+
+
+@pytest.mark.parametrize("hopper", [False, True])
+@pytest.mark.parametrize("which", FUNCTIONS)
+def test_a_function_replaced_for_some_steps(flux, which, hopper, monkeypatch):
+    """Also where this pack would have PyTorch choose another kernel."""
+    module, name = FUNCTIONS[which]
+    original = getattr(module, name)
+    monkeypatch.setattr(attention, "cached_prefers_cudnn", lambda device: hopper)
+
+    def scaled(*args, **kwargs):
+        out = original(*args, **kwargs)
+        return tuple(part * 1.3 for part in out) if isinstance(out, tuple) else out * 1.3
+
+    replaced, calls = functools.wraps(original)(scaled), []
+
+    def wrapper(executor, *args, **kwargs):
+        calls.append(None)
+        with contextlib.ExitStack() as scope:
+            if len(calls) > 1:
+                scope.enter_context(patch.object(module, name, replaced))
+                if name == "attention_pytorch":
+                    scope.enter_context(patch.object(comfy.ldm.flux.math, "optimized_attention", replaced))
+            return executor(*args, **kwargs)
+
+    scheduled = flux.clone()
+    scheduled.add_wrapper_with_key("diffusion_model", "other pack", wrapper)
+    plain, want = sample(flux, **SMALL), sample(scheduled, **SMALL)
     calls.clear()
     got = sample(compiled(scheduled, on_failure="eager"), **SMALL)
     assert (want - plain).abs().max() > 1e-3
