@@ -118,7 +118,10 @@ class _Settled(NamedTuple):
     @staticmethod
     def of(module: nn.Module, names: Collection[str]) -> _Settled | None:
         held = [name for name in names if name in module.__dict__]
-        return _Settled(itemgetter(*held), itemgetter(*held)(module.__dict__)) if held else None
+        if not held:
+            return None
+        get = itemgetter(*held)
+        return _Settled(get, get({**module.__dict__, "_parameters": dict(module._parameters)}))
 
     def hold(self, module: nn.Module) -> bool:
         try:
@@ -160,6 +163,13 @@ class BlockPlan:
     _places: tuple[_Place, ...] = field(repr=False)
     _additions: Additions = field(repr=False)
     _methods: tuple[tuple[Mapping[str, Any], str, Any], ...] = field(repr=False)
+    _classes: tuple[tuple[Mapping[str, Any], int], ...] = field(repr=False)
+    # How many attributes each module had when they were last looked at.
+    _sizes: list[int] = field(repr=False)
+
+    def look_again(self) -> None:
+        """Have attributes looked at in the next call of ``layers``, also where there are as many as before."""
+        self._sizes[:] = [-1] * len(self._sizes)
 
     def layers(self, block: nn.Module) -> list[tuple[str, nn.Module, Hashable]]:
         """The layers of ``block`` that hold weights: path, layer, and its state as planned.
@@ -170,13 +180,21 @@ class BlockPlan:
         for members, name, member in self._methods:
             if members.get(name) is not member:
                 raise NotHoistable(f"{name} of a class was replaced")
+        for members, count in self._classes:
+            if len(members) != count:
+                raise NotHoistable("a class has other members")
         modules: list[nn.Module] = []
-        for path, parent, name, known, kind, children, given, read_state, state, added, settled in self._places:
+        for size, place in zip(self._sizes, self._places, strict=True):
+            path, parent, name, known, kind, children, given, read_state, state, added, settled = place
             module = modules[parent]._modules.get(name) if modules else block
             if module is None or module is not known() or type(module) is not kind:
                 raise NotHoistable(f"{path or 'the block'} was replaced")
             # Asked before each call of a block, so that what is as ever takes no call.
-            overridden = "forward" in module.__dict__
+            attributes = module.__dict__
+            if len(attributes) != size:
+                _refuse_hidden(path, module)
+                self._sizes[len(modules)] = len(attributes)
+            overridden = "forward" in attributes
             if overridden or module._forward_hooks or module._forward_pre_hooks:
                 addition = _addition(path, module, self._additions)
                 if (addition and addition.structure) != added:
@@ -201,6 +219,15 @@ def own_state(module: nn.Module) -> dict[str, Any]:
 def refuse_bolted_on(path: str, module: nn.Module) -> None:
     """Raise NotHoistable for a forward hook or an overridden ``forward``: a template would ignore either."""
     _addition(path, module, lambda module: None)
+
+
+def _refuse_hidden(path: str, module: nn.Module) -> None:
+    """Raise NotHoistable where an attribute of ``module`` itself comes before a function of its class, or before a
+    weight or module that it holds."""
+    for name in module.__dict__.keys() - _MODULE_STATE - {"forward"}:
+        function = isinstance(getattr(type(module), name, None), FunctionType)
+        if function or any(name in held for held in (module._modules, module._parameters, module._buffers)):
+            raise NotHoistable(f"{path or 'the block'} ({type(module).__name__}) has a {name} of another node")
 
 
 def is_class_forward(module: nn.Module, forward: Any) -> bool:
@@ -250,6 +277,9 @@ def plan_block(
         here = len(places)
         name = path.rpartition(".")[2]
         children = len(module._modules)
+        _refuse_hidden(path, module)
+        if type(module).__call__ is not nn.Module.__call__:
+            raise NotHoistable(f"{path or 'the block'} ({type(module).__name__}) is called in a way of its own")
         given = _is_given(module)
         read_state = layer_states(type(module))
         state = None if read_state is None else read_state(module)
@@ -260,6 +290,9 @@ def plan_block(
         is_layer = given or plain is not None
         values = {} if is_layer else {name: value for name, value in own_state(module).items() if name not in unread}
         read = constants(kind) if is_layer else _read_by(kind).intersection(values)
+        if plain is not None and module._parameters and not any(True for _ in plain.parameters()):
+            # It has none of the weights that it may have.
+            read = {*read, "_parameters"}
         known, settled = weakref.ref(module), _Settled.of(module, read)
         places.append(_Place(path, parent, name, known, kind, children, given, read_state, state, added, settled))
         if given:
@@ -270,6 +303,8 @@ def plan_block(
                 plain = addition.around(plain)
             if any(True for _ in plain.parameters()):
                 layers.append((path, here, state))
+            elif any(value is not None for value in module._parameters.values()):
+                raise NotHoistable(f"{path} ({type(module).__name__}) has weights that it was made without")
             key.append((path, type(plain), plain.extra_repr()))
             return plain
         own = {name: None if value is None else tuple(value.shape) for name, value in module._parameters.items()}
@@ -296,9 +331,9 @@ def plan_block(
     number = _structures.setdefault(tuple(key), len(_structures))
     given = tuple(place.path for place in places if place.given)
     known_methods = tuple((vars(base), name, vars(base)[name]) for base, each in methods.items() for name, _ in each)
-    return BlockPlan(
-        template, number, given, len(places_in(template)), tuple(layers), tuple(places), additions, known_methods
-    )
+    classes = tuple((vars(base), len(vars(base))) for base in methods)
+    hold = tuple(layers), tuple(places), additions, known_methods, classes, [-1] * len(places)
+    return BlockPlan(template, number, given, len(places_in(template)), *hold)
 
 
 def constants(kind: type) -> Collection[str]:

@@ -145,6 +145,7 @@ class CompiledBlocks(Ledger):
         """A sampling run begins: what failed before is tried again, and blocks are those that are there now."""
         self.start_run()
         self._source.retry()
+        self.plans.look_again()
         self.replays.start()
         self.when.begin_run()
         diffusion_model: Any = patcher.model.diffusion_model

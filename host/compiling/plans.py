@@ -34,6 +34,11 @@ class Plans:
         plan = self._plans[block] = plan_block(block, plain_layers(block, self._fuses), *known)
         return plan, plan.layers(block)
 
+    def look_again(self) -> None:
+        """A run begins: all of a block is looked at anew, once."""
+        for plan in self._plans.values():
+            plan.look_again()
+
     def ahead(self, kind: BlockKind, block: nn.Module) -> None:
         """Plan ahead, to know how many regions there will be; what can't be planned says so when it runs."""
         with suppress(Exception):

@@ -145,3 +145,74 @@ def test_a_bias_that_a_layer_gains(flux):
     layer.bias = nn.Parameter(torch.randn(layer.out_features), requires_grad=False)
     want, got = sample(model, **tokens), sample(fast, **tokens)
     assert (want - before).abs().max() > 1e-3 and (want - got).abs().max() <= TOLERANCE
+
+
+class CalledOtherwise(comfy.ops.disable_weight_init.Linear):
+    def __call__(self, *args, **kwargs):
+        return super().__call__(*args, **kwargs) * 1.3
+
+
+def its_own_cast(block):
+    block.linear1.comfy_cast_weights, before = True, block.linear1.forward_comfy_cast_weights
+    block.linear1.forward_comfy_cast_weights = lambda x: before(x) * 1.3
+
+
+def its_own_call(block):
+    before = block.linear1._call_impl
+    block.linear1._call_impl = lambda *args, **kwargs: before(*args, **kwargs) * 1.3
+
+
+def another_class(block):
+    block.linear1.__class__ = CalledOtherwise
+
+
+def another_submodule(block):
+    before = block.mlp_act
+    block.__dict__["mlp_act"] = lambda x: before(x) * 1.5
+
+
+def another_weight(block):
+    block.linear1.__dict__["weight"] = block.linear1.weight * 1.3
+
+
+def a_norm_with_weights(block):
+    weight = torch.full(block.pre_norm.normalized_shape, 1.5)
+    block.pre_norm.weight = nn.Parameter(weight, requires_grad=False)
+
+
+def a_forward_of_its_class(block):
+    """Which it has from another until then."""
+    kind = type("Linear", (type(block.linear1),), {"__module__": type(block.linear1).__module__})
+    block.linear1.__class__ = kind
+    return lambda: setattr(kind, "forward", times(kind.forward))
+
+
+ON_MODULES = (its_own_cast, its_own_call, another_class, another_submodule, another_weight, a_norm_with_weights)
+
+
+@pytest.mark.parametrize("when", ["before", "after", "while it samples"])
+@pytest.mark.parametrize("change", [*ON_MODULES, a_forward_of_its_class])
+def test_what_comes_before_what_a_module_has(flux, change, when):
+    model, plain = load(checkpoints.flux1(1, 2)), None
+    block, calls = model.model.diffusion_model.single_blocks[0], []
+    then = change(block) if change is a_forward_of_its_class else lambda: change(block)
+    fast = compiled(model, on_failure="eager")
+    plain = sample(model if when == "before" else fast, **SMALL, steps=2)
+
+    def wrapper(executor, *args, **kwargs):
+        calls.append(None)
+        if when == "while it samples" and len(calls) == 2:
+            then()
+        return executor(*args, **kwargs)
+
+    if when == "while it samples":
+        fast.add_wrapper_with_key("diffusion_model", "other pack", wrapper)
+    else:
+        then()
+    got, want = sample(fast, **SMALL, steps=2), sample(model, **SMALL, steps=2)
+    if when == "while it samples":
+        assert (got - plain).abs().max() > 1e-3
+        # Its first step was sampled before the change.
+        got = sample(fast, **SMALL, steps=2)
+    assert (want - plain).abs().max() > 1e-3
+    assert (want - got).abs().max() <= TOLERANCE
