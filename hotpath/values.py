@@ -48,7 +48,8 @@ def sampled(tensors: Iterable[Tensor]) -> Tensor:
     for tensor in tensors:
         if type(tensor) not in (Tensor, nn.Parameter) or tensor.layout != torch.strided or tensor.is_meta:
             continue
-        size, start = extent(tensor.shape, tensor.stride(), tensor.itemsize), tensor.storage_offset() * tensor.itemsize
+        size = extent(tensor.shape, tensor.stride(), tensor.itemsize)
+        start = int(tensor.storage_offset()) * tensor.itemsize
         shape, stride = ((_PLACES, _PLACES), (size // _PLACES, 1)) if size > _PLACES**2 else ((size,), (1,))
         places = lying_in(tensor.untyped_storage(), start, shape, stride, torch.uint8)
         parts.setdefault(tensor.device, []).append(places.flatten())

@@ -306,46 +306,6 @@ def test_weights_replaced_while_sampling_are_seen(flux):
     assert torch.equal(*latents)
 
 
-@pytest.mark.parametrize("in_step", [False, True], ids=["between steps", "between blocks"])
-@pytest.mark.parametrize("budget", ["0 %", "40 %"])
-def test_weights_changed_in_place_while_sampling_are_seen(flux, in_step, budget):
-    """Those that another node changes, of blocks that arrived before."""
-    model, calls = flux.model.diffusion_model, []
-    layers = [block.linear1 for block in model.single_blocks] + [block.img_mlp[0] for block in model.double_blocks]
-    before = [layer.weight.detach().clone() for layer in layers]
-
-    def change(times):
-        calls.append(None)
-        if len(calls) == times:
-            for layer in layers:
-                layer.weight.data.mul_(1.5)
-
-    def wrapper(apply_model, args):
-        if not in_step:
-            change(2)
-        return apply_model(args["input"], args["timestep"], **args["c"])
-
-    def replaced(args, extra):
-        out = extra["original_block"](args)
-        if in_step:
-            change(2)
-        return out
-
-    def changed(model):
-        calls.clear()
-        for layer, weight in zip(layers, before, strict=True):
-            layer.weight.data.copy_(weight)
-        changing = model.clone()
-        changing.set_model_unet_function_wrapper(wrapper)
-        changing.set_model_patch_replace(replaced, "dit", "double_block", 0)
-        return sample(changing, **SMALL, steps=3)
-
-    plain, want = sample(flux, **SMALL, steps=3), changed(flux)
-    assert (want - plain).abs().max() > 1e-3
-    for lean in (offloaded(flux, "in place", budget=budget), compiled(offloaded(flux, "in place", budget=budget))):
-        assert (changed(lean) - want).abs().max() <= TOLERANCE
-
-
 @pytest.mark.parametrize("lora", [False, True])
 def test_settings_one_after_another_leave_the_weights_as_they_are(flux, flux_weights, lora):
     model = with_lora(flux, checkpoints.lora(flux_weights), 0.5) if lora else flux
