@@ -90,22 +90,21 @@ def _whole_side(name: str) -> str:
     return _side(base) if base == name else "... in fewer passes over memory"
 
 
-def first_steps(*files: str) -> str:
+def first_steps() -> str:
     """The first step in a new process: without HotPath, compiled in several ways, and loaded."""
     shown = {
         "eager": "without HotPath",
+        "ours, loaded": "stored",
+        "ours, background": "nothing stored, `when` at `background`",
         "ours, 30 s ahead": "nothing stored, 30 s of loading before it",
-        "ours, cold": "nothing stored, no loading before it",
+        "ours, cold": "nothing stored",
         "plain per block, cold": "each block compiled by ComfyUI's wrapper",
-        "ours, loaded": "stored, no loading before it",
-        "ours, background": "nothing stored, no loading before it, `when` at `background`",
+        "ours, compiled in the first step, Inductor started": "nothing stored, the compiler started before",
+        "plain per block, Inductor started": "each block by ComfyUI's wrapper, the compiler started before",
     }
     rows = []
-    seen = {name: runs for file in files for name, runs in read(file)["sides"].items()}
     for name, title in shown.items():
-        if name not in seen:
-            continue
-        runs = seen[name]
+        runs = read("start_h200")["sides"][name]
         graphs = str(runs[0]["graphs"]) if name != "eager" else ""
         rows.append([title, f"{median(run['first'] for run in runs):.1f} s", graphs, str(runs[0]["processes"])])
     return markdown(["H200, first step after a start", "Takes", "Graphs compiled", "Processes started"], rows)
@@ -312,8 +311,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "dynamic": dynamic,
     "whole-steps": whole_steps,
     "wide": wide,
-    "first-steps": partial(first_steps, "start_h200"),
-    "first-steps-later": partial(first_steps, "start_later_h200", "start_background_h200"),
+    "first-steps": first_steps,
     "cards": cards,
     "cards-ordinary": partial(cards, "cards_ordinary_h200"),
     "devices": devices,
