@@ -17,18 +17,23 @@ pytestmark = [
 ]
 
 
+def compile_and_save(live, **options):
+    """A prompt that has compiled, stored and saved what it needs."""
+    workflow = sampling(live.checkpoint, live.flux, compiled={}, **options)
+    workflow["save_blocks"] = {
+        "class_type": "HotPathSaveCompiledBlocks",
+        "inputs": {"model": ["compile", 0], "filename_prefix": "compiled_blocks/flux", "after": ["sampler", 0]},
+    }
+    return live.server.run(workflow)
+
+
 @pytest.fixture(scope="module")
 def first(tmp_path_factory):
     """The folder of a server that has compiled, its latents, and the file that it saved of that."""
     base = tmp_path_factory.mktemp("host")
     with serve(base, 2, 3) as live:
-        workflow = sampling(live.checkpoint, live.flux, steps=2, compiled={})
-        workflow["save_blocks"] = {
-            "class_type": "HotPathSaveCompiledBlocks",
-            "inputs": {"model": ["compile", 0], "filename_prefix": "compiled_blocks/flux", "after": ["sampler", 0]},
-        }
         assert live.counts() == NOTHING_COMPILED
-        (told,) = live.server.run(workflow).history["outputs"]["save_blocks"]["text"]
+        (told,) = compile_and_save(live, steps=2).history["outputs"]["save_blocks"]["text"]
         assert told.split(": ")[1].startswith("2 regions, 2 graphs, ")
         assert live.counts() == {"graphs": 2, "breaks": 0, "recompiles": 0}
         states = {region["cache"] for region in live.server.report()["regions"]}
@@ -37,13 +42,13 @@ def first(tmp_path_factory):
 
 
 @contextmanager
-def next_start(base, tmp_path, **env):
+def next_start(base, tmp_path, blocks=(2, 3), **env):
     """A server on the folder of an earlier one, where every compiler that starts leaves a line."""
     started, compiler = tmp_path / "started", tmp_path / "compiler"
     compiler.write_text(f'#!/bin/sh\necho "$@" >> {started}\nexit 1\n')
     compiler.chmod(0o755)
     tools = {"CXX": str(compiler), "CC": str(compiler), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "inductor")}
-    with serve(base, 2, 3, **{**tools, **env}) as live:
+    with serve(base, *blocks, **{**tools, **env}) as live:
         yield live, lambda: started.read_text() if started.exists() else ""
 
 
@@ -66,6 +71,24 @@ def test_the_second_start_compiles_nothing_and_starts_no_compiler(first, tmp_pat
         workflow = sampling(live.checkpoint, live.flux, steps=2, compiled={}, report=True)
         (text,) = live.server.run(workflow).history["outputs"]["report"]["text"]
         assert "double block region cache: hit, 1 graphs loaded in " in text
+
+
+@pytest.mark.sweep
+def test_a_later_start_of_each_format_compiles_nothing(tmp_path):
+    """Their code imports where it is used what no server has imported at its start."""
+    wants = {}
+    with serve(tmp_path / "host", 1, 1) as live:
+        inputs = live.server.get("/object_info/HotPathQuantizeRepeatedBlocks")["HotPathQuantizeRepeatedBlocks"]["input"]
+        # Four bits take a CPU long by the host's operators.
+        formats = [name for name in inputs["required"]["format"][1]["options"] if "w4" not in name]
+        for format in formats:
+            wants[format] = live.server.latent(compile_and_save(live, quantized=format, steps=1))
+    # One at a time, as a user has one.
+    for format, want in wants.items():
+        with next_start(tmp_path / "host", tmp_path, blocks=(1, 1)) as (live, compilers):
+            got = live.server.latent(live.sample(quantized=format, compiled={}, steps=1))
+            assert (set(states(live).values()), live.counts(), compilers()) == ({"hit"}, NOTHING_COMPILED, ""), format
+            assert (got - want).abs().max() <= TOLERANCE, format
 
 
 def test_off_neither_looks_for_it_nor_stores_it(first, tmp_path):
