@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 # No tensor has so many elements.
 _LARGEST = 2**48
-_PLACES = 16
+# Of how many places of a tensor how many bytes are compared: of a model so few that PyTorch starts no thread for it.
+_PLACES, _RUN = 16, 8
 
 
 def plain_tensor(value: Tensor) -> Tensor:
@@ -44,16 +45,18 @@ def sampled(tensors: Iterable[Tensor]) -> Tensor:
     """Bytes of each of ``tensors`` from 16 places spread over its memory, on the CPU: what scales a weight in place, or
     adds a LoRA to it, changes some of them, also where PyTorch counts no changes, as of what was made in inference
     mode. On a GPU it waits for what is queued before it. Of a tensor of another class nothing is read."""
-    parts: dict[torch.device, list[Tensor]] = {}
+    places: dict[Hashable, list[Tensor]] = {}
     for tensor in tensors:
         if type(tensor) not in (Tensor, nn.Parameter) or tensor.layout != torch.strided or tensor.is_meta:
             continue
-        size = extent(tensor.shape, tensor.stride(), tensor.itemsize)
+        dense = tensor.is_contiguous()
+        size = tensor.nbytes if dense else extent(tensor.shape, tensor.stride(), tensor.itemsize)
         start = int(tensor.storage_offset()) * tensor.itemsize
-        shape, stride = ((_PLACES, _PLACES), (size // _PLACES, 1)) if size > _PLACES**2 else ((size,), (1,))
-        places = lying_in(tensor.untyped_storage(), start, shape, stride, torch.uint8)
-        parts.setdefault(tensor.device, []).append(places.flatten())
-    return torch.cat([torch.empty(0, dtype=torch.uint8), *(torch.cat(each).cpu() for each in parts.values())])
+        shape, stride = ((_PLACES, _RUN), (size // _PLACES, 1)) if size > _PLACES * _RUN else ((size,), (1,))
+        place = lying_in(tensor.untyped_storage(), start, shape, stride, torch.uint8)
+        places.setdefault((tensor.device, place.ndim), []).append(place)
+    parts = [torch.cat(each).flatten().cpu() for each in places.values()]
+    return torch.cat([torch.empty(0, dtype=torch.uint8), *parts])
 
 
 def plainly_strided(value: Tensor) -> Tensor:

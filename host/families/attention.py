@@ -149,8 +149,10 @@ def bind_called_out(inputs: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def is_own(function: Any, module: ModuleType) -> bool:
-    """Whether ``function``, which ``module`` has, and all that it wraps is code of that module's file."""
-    while getattr(getattr(function, "__code__", None), "co_filename", None) == module.__file__:
+    """Whether ``function``, which ``module`` has, and all that it wraps is code of that module's file, or of a package
+    any of its files."""
+    homes = tuple(getattr(module, "__path__", [module.__file__]))
+    while getattr(getattr(function, "__code__", None), "co_filename", "").startswith(homes):
         if not hasattr(function, "__wrapped__"):
             return True
         function = function.__wrapped__
