@@ -108,10 +108,16 @@ ATTENTION_CODE = _run_attention.__code__
 @torch.library.custom_op(
     "hotpath::attention",
     mutates_args=(),
-    schema="(Tensor q, Tensor k, Tensor v, Tensor? pe, Tensor? mask, SymInt[] slices) -> Tensor",
+    schema="(Tensor q, Tensor k, Tensor v, Tensor? pe, Tensor? mask, SymInt[] slices, Tensor? after=None) -> Tensor",
 )
 def opaque_attention(
-    q: Tensor, k: Tensor, v: Tensor, pe: Tensor | None, mask: Tensor | None, slices: Sequence[int]
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    pe: Tensor | None,
+    mask: Tensor | None,
+    slices: Sequence[int],
+    after: Tensor | None = None,
 ) -> Tensor:
     """Call the attention of the innermost ``attention_scope``.
 
@@ -120,6 +126,7 @@ def opaque_attention(
         pe: rotary embedding, or None.
         mask: attention mask, or None.
         slices: token offsets that patches expect in their options; may be empty.
+        after: the result of a call that comes first, whatever a compiler reorders.
 
     Returns:
         (batch, tokens, heads * head dim), contiguous, in q's dtype.
@@ -131,5 +138,24 @@ def opaque_attention(
 
 
 @opaque_attention.register_fake
-def _(q: Tensor, k: Tensor, v: Tensor, pe: Tensor | None, mask: Tensor | None, slices: Sequence[int]) -> Tensor:
+def _(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    pe: Tensor | None,
+    mask: Tensor | None,
+    slices: Sequence[int],
+    after: Tensor | None = None,
+) -> Tensor:
     return q.new_empty(q.shape[0], q.shape[2], q.shape[1] * q.shape[3])
+
+
+def calls_in_order() -> Attend:
+    """``opaque_attention`` for all calls of one block, each after the one before it: what is called may count."""
+    results: list[Tensor] = []
+
+    def call(q: Tensor, k: Tensor, v: Tensor, pe: Tensor | None, mask: Tensor | None, slices: Sequence[int]) -> Tensor:
+        results.append(opaque_attention(q, k, v, pe, mask, slices, results[-1] if results else None))
+        return results[-1]
+
+    return call

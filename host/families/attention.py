@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from types import ModuleType
 from typing import Any
 
@@ -12,7 +13,14 @@ import torch
 from comfy.model_patcher import ModelPatcher
 from torch import Tensor
 
-from ...hotpath.attention import Attend, cached_prefers_cudnn, cudnn_attention, joined, opaque_attention
+from ...hotpath.attention import (
+    Attend,
+    cached_prefers_cudnn,
+    calls_in_order,
+    cudnn_attention,
+    joined,
+    opaque_attention,
+)
 from ...hotpath.compiled import Bind
 from ...hotpath.exchange import exchanged
 from ...hotpath.sizes import as_size, from_size
@@ -145,7 +153,7 @@ def bind_cudnn(inputs: Mapping[str, Any]) -> Mapping[str, Any]:
 
 def bind_called_out(inputs: Mapping[str, Any]) -> Mapping[str, Any]:
     """Attention as a call."""
-    return block_arguments(inputs, {"optimized_attention_override": called_out})
+    return block_arguments(inputs, {"optimized_attention_override": partial(called_out, calls_in_order())})
 
 
 def is_own(function: Any, module: ModuleType) -> bool:
@@ -190,9 +198,9 @@ def cudnn_first(
 
 
 def called_out(
-    attend: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor, heads: int, *args: Any, **kwargs: Any
+    call: Attend, attend: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor, heads: int, *args: Any, **kwargs: Any
 ) -> Tensor:
-    """An override of the host's attention that leaves one opaque call in the graph.
+    """An override of the host's attention that leaves one opaque ``call`` in the graph.
 
     Raises:
         NotImplementedError: the block asks for something that the call can't pass on, so that it must run eager.
@@ -203,7 +211,7 @@ def called_out(
     if not kwargs.get("skip_reshape"):
         q, k, v = by_heads(q, heads), by_heads(k, heads), by_heads(v, heads)
     exact = kwargs.get("low_precision_attention", True) is False
-    return opaque_attention(q, k, v, None, mask, _EXACT if exact else [])
+    return call(q, k, v, None, mask, _EXACT if exact else [])
 
 
 def skipped(attend: Callable[..., Tensor], q: Tensor, *args: Any, **kwargs: Any) -> Tensor:

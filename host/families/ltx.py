@@ -13,7 +13,7 @@ import comfy.ldm.lightricks.av_model as host
 import comfy.ldm.modules.attention
 from torch import Tensor, nn
 
-from ...hotpath.attention import Attend, joined
+from ...hotpath.attention import Attend, calls_in_order, joined
 from ...hotpath.sizes import as_size, from_size
 from ...hotpath.template import NotHoistable
 from .attention import called_out, chosen, cudnn_first, has_queries, is_plain, mask_dims, precision
@@ -128,7 +128,7 @@ def bind_cudnn(inputs: Mapping[str, Any]) -> Mapping[str, Any]:
 
 def bind_opaque(inputs: Mapping[str, Any]) -> Mapping[str, Any]:
     """Attention as a call."""
-    return _arguments(inputs, {"optimized_attention_override": called_out})
+    return _arguments(inputs, {"optimized_attention_override": functools.partial(called_out, calls_in_order())})
 
 
 def conditioning(diffusion_model: Any, tokens: int) -> tuple[Tensor, dict[str, Any]]:

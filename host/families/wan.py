@@ -9,7 +9,7 @@ from typing import Any
 import comfy.ldm.wan.model as host
 from torch import Tensor, nn
 
-from ...hotpath.attention import Attend, joined, opaque_attention
+from ...hotpath.attention import Attend, calls_in_order, joined
 from .attention import (
     bind_cudnn,
     bind_traced,
@@ -77,17 +77,20 @@ def token_dims(inputs: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
 
 def bind_opaque(inputs: Mapping[str, Any]) -> Mapping[str, Any]:
     """Attention, and each kind of patches after it, as a call."""
+    call = calls_in_order()
 
     def after_self(args: Mapping[str, Any]) -> Tensor:
         q, k = args["q"].transpose(1, 2), args["k"].transpose(1, 2)
-        return opaque_attention(q, k, by_heads(args["x"], q.shape[1]), None, None, _AFTER_SELF)
+        return call(q, k, by_heads(args["x"], q.shape[1]), None, None, _AFTER_SELF)
 
     def after_cross(args: Mapping[str, Any]) -> Tensor:
         x = args["x"].unsqueeze(1)
-        return opaque_attention(x, x, x, None, None, _AFTER_CROSS)
+        return call(x, x, x, None, None, _AFTER_CROSS)
 
     patches = {"attn1_patch": [after_self], "attn2_patch": [after_cross]}
-    return block_arguments(inputs, {"patches": patches, "optimized_attention_override": called_out})
+    return block_arguments(
+        inputs, {"patches": patches, "optimized_attention_override": functools.partial(called_out, call)}
+    )
 
 
 def conditioning(diffusion_model: Any, tokens: int) -> tuple[Tensor, dict[str, Any]]:

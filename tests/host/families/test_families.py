@@ -10,7 +10,7 @@ from hotpath_pack.host.families import FAMILIES, SUPPORTED, family_of, named_blo
 from hotpath_pack.host.measuring.synthetic import Inputs
 from hotpath_pack.host.measuring.synthetic import sample as sample_synthetic
 from hotpath_pack.host.residency.offload import KEY
-from sampling import Counting, assert_parity, compiled, compiled_blocks, offloaded, quantized, sample
+from sampling import TOLERANCE, Counting, assert_parity, compiled, compiled_blocks, offloaded, quantized, sample
 
 FLUX_LIKE = (
     "hunyuan_video",
@@ -213,6 +213,26 @@ def test_what_others_put_around_attention_runs_as_it_is(name):
         assert (counting.graphs, counting.breaks) == (graphs.pop(0), 0)
         assert compiled_blocks(fast).eager == {}
         assert (sample(changed, **run) - sample(model, **run)).abs().max() > 1e-3
+
+
+def test_what_counts_calls_of_attention_counts_in_the_order_of_eager():
+    """Which Inductor would change within a block of Wan."""
+    model, calls = tiny("wan_i2v"), []
+    run = dict(frames=3, clip_vision_output=Seen(257))
+
+    def override(attention, *args, **kwargs):
+        calls.append(None)
+        return attention(*args, **kwargs) * (1 + 0.05 * (len(calls) % 7))
+
+    def counted(model):
+        calls.clear()
+        return sample(model, **run)
+
+    patched = model.clone()
+    patched.model_options["transformer_options"]["optimized_attention_override"] = override
+    want = counted(patched)
+    assert (want - sample(model, **run)).abs().max() > 1e-2
+    assert (counted(compiled(patched, backend="inductor")) - want).abs().max() <= TOLERANCE
 
 
 @pytest.mark.parametrize("name", [*FLUX_LIKE, *OTHERS[:3]])
