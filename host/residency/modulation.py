@@ -19,7 +19,8 @@ from comfy.quant_ops import QuantizedTensor
 from torch import Tensor, nn
 
 from ...hotpath.ahead import Table, content_key
-from ...hotpath.template import Given, NotHoistable, refuse_bolted_on
+from ...hotpath.internals.state import any_global_hook, any_mode
+from ...hotpath.template import Given, NotHoistable, functions_of, own_bases, refuse_bolted_on
 from ...hotpath.values import sampled
 from ..families import family_of, named_modulations
 from ..layers.gguf import is_gguf_layer
@@ -133,6 +134,7 @@ class _State:
         self._givens: dict[str, Given] = {}
         self._modules: dict[str, Any] = {}
         self._fill: Callable[[Hashable, Tensor], Mapping[str, Any]]
+        self._begin: Callable[[], None]
         self._seen: tuple[Tensor, Hashable] | None = None
         self._row: Mapping[str, Any] = {}
         self.no_room = False
@@ -143,8 +145,8 @@ class _State:
     ) -> Iterator[None]:
         """Modulation modules hand out what the table has; their ``forward`` is an attribute, removed after."""
         self._modules = self._usable(diffusion_model, patcher)
-        self._forget_other_weights(patcher)
         self._fill = partial(self._compute, patcher, foresee)
+        self._begin = partial(self._forget_what_was, patcher)
         try:
             for path, module in self._modules.items():
                 known = self._givens.get(path)
@@ -156,7 +158,7 @@ class _State:
             for module in self._modules.values():
                 module.__dict__.pop("forward", None)
             self._modules, self._seen, self._row = {}, None, {}
-            del self._fill
+            del self._fill, self._begin
 
     def refuse_changed_vector(self) -> None:
         """Raise RuntimeError where the vector is no longer what the table was asked for."""
@@ -169,6 +171,9 @@ class _State:
     def _give(self, path: str, vector: Tensor) -> Any:
         # The host hands one vector to all blocks, and looking at its content waits for the device.
         if self._seen is None or vector is not self._seen[0]:
+            if self._seen is None:
+                # Not before, as a wrapper of another node around the model may change what it computes by.
+                self._begin()
             self.refuse_changed_vector()
             key = content_key(vector)
             self._row = self.table.get(key) or self._filled(key, vector)
@@ -179,7 +184,10 @@ class _State:
         return self._row[path]
 
     def _filled(self, key: Hashable, vector: Tensor) -> Mapping[str, Any]:
-        """The row of ``key``, made now; nothing where memory doesn't allow it."""
+        """The row of ``key``, made now; nothing where memory or code around it doesn't allow it."""
+        if any_global_hook() or any_mode():
+            self._owner.tell("another node has something around every module or function")
+            return {}
         if not self.no_room:
             try:
                 return self._fill(key, vector)
@@ -230,14 +238,19 @@ class _State:
             self._owner.tell(why if known else f"that of {family.name} is not made ahead")
         return found
 
-    def _forget_other_weights(self, patcher: ModelPatcher) -> None:
-        """Empty the table when it was made from other weights or patches than those that would be used now."""
+    def _forget_what_was(self, patcher: ModelPatcher) -> None:
+        """Empty the table when it was made from other weights or patches, or by other code, than would be used now."""
         layers = [module.lin for module in self._modules.values()]
         parameters = [
             parameter for layer in layers for parameter in layer._parameters.values() if parameter is not None
         ]
         versions = tuple(map(_version, parameters))
-        made_from = patcher.patches_uuid, patcher.load_device, tuple(self._modules), versions
+        device, code = patcher.load_device, [torch.nn.functional.linear, torch.nn.functional.silu]
+        for kind in {kind for module in self._modules.values() for kind in (type(module), type(module.lin))}:
+            code += [function for base in own_bases(kind) for _, function in functions_of(base)]
+        autocast = torch.is_autocast_enabled(device.type) and torch.get_autocast_dtype(device.type)
+        around = any_global_hook() or any_mode()
+        made_from = patcher.patches_uuid, device, tuple(self._modules), versions, frozenset(code), autocast, around
         known = [ref() for ref in self._parameters]
         same = len(known) == len(parameters) and all(map(is_, known, parameters))
         content = sampled(tensor for parameter in parameters for tensor in tensors_of(parameter))
@@ -281,6 +294,7 @@ def _refuse_changed(path: str, module: Any, patcher: ModelPatcher) -> None:
     refuse_bolted_on(path, module)
     refuse_bolted_on(f"{path}.lin", module.lin)
     refuse_replaced_forward(type(module))
+    refuse_replaced_forward(type(module.lin))
     if any(f"diffusion_model.{path}.lin.{name}" in patcher.weight_wrapper_patches for name in ("weight", "bias")):
         raise NotHoistable(f"{path}.lin has a weight function of another node")
     patched = getattr(module.lin, "weight_lowvram_function", None) is not None

@@ -1,8 +1,8 @@
-"""What Dynamo counts, which options Inductor has, whether there are hooks into every module, and a stand-in for a
-device that tracing puts into a table.
+"""What Dynamo counts, which options Inductor has, whether there are hooks into every module or modes around every
+function, and a stand-in for a device that tracing puts into a table.
 
 Where a newer PyTorch differs, what isn't counted is not told, what Inductor has no option for is not asked, there may
-be hooks, and nothing is put into that table.
+be hooks and modes, and nothing is put into that table.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from types import CodeType
 from typing import Any
 
 import torch
+from torch.utils._device import DeviceContext
 
 
 def counted() -> tuple[int, Sequence[Any], Mapping[CodeType, Sequence[str]]]:
@@ -38,6 +39,16 @@ def any_global_hook() -> bool:
     if asked is not None:
         return bool(asked())
     return any(getattr(module, name, True) for name in ("_global_forward_hooks", "_global_forward_pre_hooks"))
+
+
+def any_mode() -> bool:
+    """Whether there may be code of others around each function or operator of this thread, beside PyTorch's own for a
+    default device."""
+    functions = getattr(torch.overrides, "_get_current_function_mode_stack", None)
+    operators = getattr(torch.utils._python_dispatch, "_get_current_dispatch_mode", None)
+    if functions is None or operators is None:
+        return True
+    return operators() is not None or any(type(mode) is not DeviceContext for mode in functions())
 
 
 @lru_cache

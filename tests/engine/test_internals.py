@@ -12,6 +12,8 @@ from hotpath_pack.hotpath.internals.kept import NotAhead
 from test_graphs import Block, as_they_are, expected, region, run, weights
 from torch._dynamo import utils
 from torch._inductor import async_compile, codecache, config, cpu_vec_isa
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 ahead = pytest.mark.skipif(not graphs.supported(), reason="needs PyTorch 2.11")
 
@@ -229,3 +231,23 @@ def test_hooks_around_every_module_are_found_in_older_pytorch_too(monkeypatch, g
     assert state.any_global_hook()
     handle.remove()
     assert not state.any_global_hook()
+
+
+class Mode(TorchFunctionMode):
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        return func(*args, **(kwargs or {}))
+
+
+class OperatorMode(TorchDispatchMode):
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        return func(*args, **(kwargs or {}))
+
+
+def test_modes_around_every_function_are_found_but_a_default_device(monkeypatch):
+    with torch.device("cpu"):
+        assert not state.any_mode()
+    for mode in (Mode, OperatorMode):
+        with mode():
+            assert state.any_mode()
+    monkeypatch.delattr(torch.overrides, "_get_current_function_mode_stack")
+    assert state.any_mode()

@@ -1,11 +1,16 @@
 """Offload Repeated Blocks with weights that another node changes in place, which PyTorch may not count."""
 
+from contextlib import contextmanager
+from unittest.mock import patch
+
 import pytest
 import torch
 from hotpath_pack.hotpath.values import sampled
 from hypothesis import given
 from hypothesis import strategies as st
 from sampling import SMALL, TOLERANCE, compiled, load, offloaded, sample
+from torch.nn.modules.module import register_module_forward_hook
+from torch.overrides import TorchFunctionMode
 
 SIZES = st.lists(st.integers(0, 40), min_size=1, max_size=3)
 DTYPES = st.sampled_from([torch.float32, torch.bfloat16, torch.int8])
@@ -93,3 +98,65 @@ def test_weights_changed_in_place_where_nothing_counts_it_are_seen(flux_weights,
         calls.clear()
         latents.append(sample(model))
     assert torch.equal(*latents) and (latents[0] - plain).abs().max() > 1e-3
+
+
+def scaled(original, times=1.5):
+    return lambda *args, **kwargs: original(*args, **kwargs) * times
+
+
+class Mode(TorchFunctionMode):
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        return out * 1.5 if func is torch.nn.functional.silu else out
+
+
+@contextmanager
+def a_hook_around_every_module(layer):
+    handle = register_module_forward_hook(lambda module, args, out: out * 1.5 if module is layer else None)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+AROUND = {
+    "hook": a_hook_around_every_module,
+    "mode": lambda layer: Mode(),
+    "silu": lambda layer: patch.object(torch.nn.functional, "silu", scaled(torch.nn.functional.silu)),
+    "linear": lambda layer: patch.object(torch.nn.functional, "linear", scaled(torch.nn.functional.linear, 1.01)),
+    "forward": lambda layer: patch.object(type(layer), "forward", scaled(type(layer).forward, 1.01)),
+    "autocast": lambda layer: torch.autocast("cpu", torch.bfloat16),
+    "weight": lambda layer: changed_for_a_while(layer),
+}
+
+
+@contextmanager
+def changed_for_a_while(layer):
+    before = layer.weight.detach().clone()
+    layer.weight.data.mul_(1.5)
+    try:
+        yield
+    finally:
+        layer.weight.data.copy_(before)
+
+
+@pytest.mark.parametrize("around", AROUND)
+@pytest.mark.parametrize("first", [True, False])
+def test_modulation_is_made_as_it_would_be_in_this_very_step(flux, around, first):
+    """Where another node has something around the model in one of two prompts."""
+    layer = flux.model.diffusion_model.double_blocks[0].img_mod.lin
+
+    def wrapper(executor, *args, **kwargs):
+        with AROUND[around](layer):
+            return executor(*args, **kwargs)
+
+    changed = flux.clone()
+    changed.add_wrapper_with_key("diffusion_model", "other pack", wrapper)
+    plain, want = sample(flux, **SMALL), sample(changed, **SMALL)
+    assert (want - plain).abs().max() > 1e-3
+    ahead = offloaded(flux)
+    ahead_of_changed = ahead.clone()
+    ahead_of_changed.add_wrapper_with_key("diffusion_model", "other pack", wrapper)
+    runs = [(ahead, plain), (ahead_of_changed, want)]
+    for model, wanted in [*(runs if first else reversed(runs)), *runs]:
+        assert torch.equal(sample(model, **SMALL), wanted)
