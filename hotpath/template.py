@@ -192,7 +192,7 @@ class BlockPlan:
             # Asked before each call of a block, so that what is as ever takes no call.
             attributes = module.__dict__
             if len(attributes) != size:
-                _refuse_hidden(path, module)
+                refuse_hidden(path, module)
                 self._sizes[len(modules)] = len(attributes)
             overridden = "forward" in attributes
             if overridden or module._forward_hooks or module._forward_pre_hooks:
@@ -221,12 +221,15 @@ def refuse_bolted_on(path: str, module: nn.Module) -> None:
     _addition(path, module, lambda module: None)
 
 
-def _refuse_hidden(path: str, module: nn.Module) -> None:
-    """Raise NotHoistable where an attribute of ``module`` itself comes before a function of its class, or before a
-    weight or module that it holds."""
-    for name in module.__dict__.keys() - _MODULE_STATE - {"forward"}:
-        function = isinstance(getattr(type(module), name, None), FunctionType)
-        if function or any(name in held for held in (module._modules, module._parameters, module._buffers)):
+def refuse_hidden(path: str, module: nn.Module, ignored: Collection[str] = ()) -> None:
+    """Raise NotHoistable where an attribute of ``module`` itself, other than those ``ignored``, comes before a function
+    of its class, or before a weight or module that it holds."""
+    for name in module.__dict__.keys() - _MODULE_STATE - {"forward", *ignored}:
+        function = getattr(type(module), name, None)
+        # What puts another there and takes it back leaves the class's.
+        own = getattr(module.__dict__[name], "__func__", None) is function
+        held = any(name in each for each in (module._modules, module._parameters, module._buffers))
+        if held or (isinstance(function, FunctionType) and not own):
             raise NotHoistable(f"{path or 'the block'} ({type(module).__name__}) has a {name} of another node")
 
 
@@ -277,7 +280,7 @@ def plan_block(
         here = len(places)
         name = path.rpartition(".")[2]
         children = len(module._modules)
-        _refuse_hidden(path, module)
+        refuse_hidden(path, module)
         if type(module).__call__ is not nn.Module.__call__:
             raise NotHoistable(f"{path or 'the block'} ({type(module).__name__}) is called in a way of its own")
         given = _is_given(module)

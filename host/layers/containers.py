@@ -16,7 +16,7 @@ import comfy.ldm.flux.layers
 import comfy.ldm.modules.attention
 from torch import nn
 
-from ...hotpath.template import NotHoistable, codes_of, functions_of, is_plain, own_bases, own_state
+from ...hotpath.template import NotHoistable, codes_of, constants, functions_of, is_plain, own_bases, own_state
 
 _HOST = "comfy"
 # Their state is set when they are made; asking for it at each call of each block would cost time.
@@ -79,6 +79,14 @@ def _state(module: nn.Module) -> Hashable:
 def attributes_of(module: nn.Module) -> Iterator[tuple[str, Any]]:
     """What a module was given beyond what every module has, and what the host leaves for itself."""
     return ((name, value) for name, value in own_state(module).items() if name not in BOOKKEEPING)
+
+
+def plain_state(module: nn.Module) -> dict[str, Any]:
+    """What ``module`` computes by beside its weights; of a layer, on which the host has notes of its own, what PyTorch
+    reads of it."""
+    if module._parameters:
+        return {name: module.__dict__[name] for name in constants(type(module)) if name in module.__dict__}
+    return {name: value for name, value in attributes_of(module) if is_plain(value)}
 
 
 def _methods(kind: type) -> Iterator[FunctionType]:

@@ -19,13 +19,15 @@ from comfy.model_patcher import ModelPatcher
 from comfy.quant_ops import QuantizedTensor
 from torch import Tensor, nn
 
-from ...hotpath.template import NotHoistable, own_state, refuse_bolted_on
+from ...hotpath.template import NotHoistable, own_state
+from ...hotpath.values import sampled
 from ..families import family_of, named_blocks, require_family
 from ..layers.containers import is_preference
 from ..layers.gguf import gguf_type, is_gguf_layer
 from ..models import require_model
-from ..residency.weights import class_name, plain_layer
+from ..residency.weights import plain_layer
 from ..telling.progress import NodeText
+from .changed import changed, refuse_bound, refuse_changed, states_of
 from .formats import VECTOR_FORMAT, Format, require_format
 
 log = logging.getLogger(__name__)
@@ -55,11 +57,14 @@ class _Quantized:
     """``formats``: of each layer, by its name in the diffusion model.
 
     ``patcher`` owns the quantized model; MODELs of it are clones and share its bookkeeping of patched weights.
+    ``content`` and ``states`` are those of the full-precision model, of which another node may change some in place.
     """
 
     formats: Mapping[str, Format]
     patcher: ModelPatcher
     done: Quantization
+    content: Tensor
+    states: Mapping[str, Mapping[str, Any]]
 
 
 # By the full-precision model: its last quantized one, so that changing a LoRA before the node does not quantize again.
@@ -88,12 +93,17 @@ def quantize_repeated_blocks(model: ModelPatcher, format: str, skip: str, text: 
     require_family(model, "quantize")
     diffusion_model = model.get_model_object("diffusion_model")
     wanted = require_format(format, model.load_device)
-    _refuse_patched_objects(model)
+    refuse_bound(model)
     formats, counts = choose(diffusion_model, wanted, skip)
+    content = sampled(_as_loaded(model, f"diffusion_model.{name}") for name, _ in diffusion_model.named_parameters())
+    with model.use_ejected():
+        states = states_of(model)
     last = _LAST.get(model.model)
-    if last is None or last.formats != formats or last.patcher.load_device != model.load_device:
+    same = last is not None and (last.formats, last.states) == (formats, states) and torch.equal(last.content, content)
+    if last is None or not same or last.patcher.load_device != model.load_device:
         with text.guarded():
-            last = _LAST[model.model] = _quantize(model, formats, counts, text)
+            twin, done = _quantize(model, formats, counts, states, text)
+            last = _LAST[model.model] = _Quantized(formats, twin, done, content, states)
         _DONE[last.patcher.model] = last.done
     text.show(last.done.summary())
     return _clone_onto(model, last.patcher, format, skip)
@@ -198,28 +208,13 @@ def _large_enough(layer: Any, format: Format) -> bool:
     return min(sides) >= format.smallest and not any(side % format.multiple for side in sides)
 
 
-def _refuse_patched_objects(model: ModelPatcher) -> None:
-    """Raise ValueError for what is bound to the full-precision model and would bring it back, or be lost."""
-    if model.injections:
-        named = ", ".join(model.injections)
-        raise ValueError(
-            f"model: what another node puts into the layers while the model samples ({named}, as a bypass LoRA) "
-            "belongs to the model as it was loaded. Put Quantize Repeated Blocks before that node."
-        )
-    for name, patch in model.object_patches.items():
-        if is_preference(patch):
-            # By which a LoRA prefers an attention; it holds no weights.
-            continue
-        if name.startswith("diffusion_model.") or isinstance(getattr(patch, "__self__", None), nn.Module):
-            raise ValueError(
-                f"model: another node replaces {name}, which belongs to the model as it was loaded. Put Quantize "
-                "Repeated Blocks before that node."
-            )
-
-
 def _quantize(
-    model: ModelPatcher, formats: Mapping[str, Format], counts: Mapping[str, int], text: NodeText
-) -> _Quantized:
+    model: ModelPatcher,
+    formats: Mapping[str, Format],
+    counts: Mapping[str, int],
+    states: Mapping[str, Mapping[str, Any]],
+    text: NodeText,
+) -> tuple[ModelPatcher, Quantization]:
     source = model.model
     twin = _empty_twin(source)
     modules = dict(twin.diffusion_model.named_modules())
@@ -232,18 +227,18 @@ def _quantize(
             twin_module = modules.pop(name, None)
             # As loaded, where an object patch is in its place.
             module = model.object_patches_backup.get(f"diffusion_model.{name}", module)
-            _refuse_changed(name, module, twin_module)
+            refuse_changed(name, module, twin_module, states[name])
             _share(module, twin_module, model, f"diffusion_model.{name}")
             if name in formats:
                 _quantize_layer(twin_module, formats[name], source.get_dtype_inference(), model)
                 progress.update(1)
     if modules:
-        raise _changed(next(iter(modules)), "is missing")
+        raise changed(next(iter(modules)), "is missing")
     done = Quantization(
         dict(Counter(counts).most_common()), block_bytes(source.diffusion_model), block_bytes(twin.diffusion_model)
     )
     log.info("%s", done.summary())
-    return _Quantized(formats, type(model)(twin, model.load_device, model.offload_device), done)
+    return type(model)(twin, model.load_device, model.offload_device), done
 
 
 def _empty_twin(source: BaseModel) -> Any:
@@ -274,14 +269,20 @@ def _share(module: nn.Module, twin: Any, model: ModelPatcher, path: str) -> None
     attention that it prefers."""
     for name, parameter in module._parameters.items():
         if parameter is not None:
-            backup = model.backup.get(f"{path}.{name}")
-            tensor = (parameter if backup is None else backup.weight).detach()
+            tensor = _as_loaded(model, f"{path}.{name}").detach()
             if tensor.is_meta:
                 # The host's loader leaves what a file lacks for later, as zeros.
                 tensor = torch.zeros_like(tensor, device=model.offload_device)
             setattr(twin, name, nn.Parameter(tensor.to(model.offload_device), requires_grad=False))
     if is_preference(module):
         twin.__dict__.update(own_state(module))
+
+
+def _as_loaded(model: ModelPatcher, key: str) -> Tensor:
+    """A weight without the LoRAs that the host may have baked into it."""
+    backup = model.backup.get(key)
+    weight: Tensor = comfy.utils.get_attr(model.model, key) if backup is None else backup.weight
+    return weight
 
 
 def _quantize_layer(layer: Any, format: Format, dtype: torch.dtype, model: ModelPatcher) -> None:
@@ -296,31 +297,6 @@ def _quantize_layer(layer: Any, format: Format, dtype: torch.dtype, model: Model
     layer.quant_format = format.host_name
     layer.layout_type = format.layout
     layer._full_precision_mm = layer._full_precision_mm_config = format.weight_only
-
-
-def _refuse_changed(name: str, module: nn.Module, twin: nn.Module | None) -> None:
-    """Raise ValueError for what another node did to a module in place, which the twin would not have."""
-    try:
-        refuse_bolted_on(name, module)
-    except NotHoistable as reason:
-        raise _changed(name, str(reason)) from None
-    kind = type(module)
-    same = kind is type(twin) or (kind.__module__ == comfy.ops.__name__ and kind.__name__ == type(twin).__name__)
-    if not same or _names(module) != _names(twin):
-        raise _changed(name, f"is {class_name(kind)} with other contents than ComfyUI gives it")
-
-
-def _names(module: Any) -> set[str]:
-    """What the module holds besides a weight, which the host's mixed precision layers have only once loaded."""
-    held = {**module._parameters, **module._buffers}
-    return {name for name, tensor in held.items() if tensor is not None} - {"weight"}
-
-
-def _changed(name: str, how: str) -> ValueError:
-    return ValueError(
-        f"model: another node changed this model in place ({name or 'the diffusion model'}: {how}), which would be "
-        "lost. Put Quantize Repeated Blocks before that node."
-    )
 
 
 def _clone_onto(model: ModelPatcher, base: ModelPatcher, format: str, skip: str) -> ModelPatcher:

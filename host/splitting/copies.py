@@ -10,8 +10,7 @@ from comfy.model_base import BaseModel
 from comfy.model_patcher import ModelPatcher
 from torch import Tensor, nn
 
-from ...hotpath.template import constants, is_plain
-from ..layers.containers import attributes_of, is_preference
+from ..layers.containers import is_preference, plain_state
 from ..residency.weights import class_name
 from ..telling.accounting import Route
 
@@ -89,17 +88,9 @@ def _changed_module(ours: nn.Module, theirs: nn.Module) -> str:
             return f"hooks into {path or 'the model'} or replaces its forward"
         if other is None or class_name(type(module)) != class_name(type(other)):
             return f"replaces {path}"
-        if path and _plain_state(module) != _plain_state(other):
+        if path and plain_state(module) != plain_state(other):
             return f"changed {path}"
     return ""
-
-
-def _plain_state(module: nn.Module) -> dict[str, Any]:
-    """What ``module`` computes by beside its weights; of a layer, on which the host has notes of its own, what PyTorch
-    reads of it."""
-    if module._parameters:
-        return {name: module.__dict__[name] for name in constants(type(module)) if name in module.__dict__}
-    return {name: value for name, value in attributes_of(module) if is_plain(value)}
 
 
 class AsItBegan:
@@ -107,7 +98,7 @@ class AsItBegan:
 
     def __init__(self, diffusion_model: nn.Module) -> None:
         named = [(path, module) for path, module in diffusion_model.named_modules() if path]
-        self._each = [(path, module, _plain_state(module)) for path, module in named]
+        self._each = [(path, module, plain_state(module)) for path, module in named]
 
     def changed(self) -> str:
         """What was done in place to one of them since; empty where nothing was."""

@@ -299,7 +299,7 @@ def test_memory_of_blocks_of_full_width(full_width, format):
         pytest.skip("this ComfyUI has no such layers")
     formats, counts = host_quantize.choose(full_width.model.diffusion_model, FORMATS[format], "")
     with torch.inference_mode():
-        done = host_quantize._quantize(full_width, formats, counts, Texts()).done
+        _, done = host_quantize._quantize(full_width, formats, counts, host_quantize.states_of(full_width), Texts())
     # A power of two for each 32 values is a thirty-second more.
     most = {"nvfp4": 0.35, "mxfp8": 0.5125, "convrot_w4a4": 0.33}
     assert done.bytes_after / done.bytes_before <= most.get(format, 0.51)
