@@ -11,6 +11,7 @@ from hotpath_pack.devtools import checkpoints, patches
 from hotpath_pack.host.residency.offload import OffloadSettings, offload_repeated_blocks
 from sampling import Texts, assert_parity, compiled, sample
 from shared_out import SILENT, blocks_of, quantized, split
+from torch.overrides import TorchFunctionMode
 
 pytestmark = pytest.mark.usefixtures("devices")
 
@@ -97,6 +98,30 @@ def with_a_weight_in_place(model):
     return model
 
 
+def with_a_method_of_its_own(model):
+    layer = model.model.diffusion_model.single_blocks[0].linear1
+    layer.forward_comfy_cast_weights = lambda x: type(layer).forward_comfy_cast_weights(layer, x)
+    return model
+
+
+class Mode(TorchFunctionMode):
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        return func(*args, **(kwargs or {}))
+
+
+def around(scope):
+    def with_scope(model):
+        def wrapper(executor, *args, **kwargs):
+            with scope():
+                return executor(*args, **kwargs)
+
+        clone = model.clone()
+        clone.add_wrapper_with_key("diffusion_model", "scope", wrapper)
+        return clone
+
+    return with_scope
+
+
 REFUSED = {
     "a patch of another node": with_patch("attn1_patch"),
     "attention of its own": with_patch("attention_override"),
@@ -108,6 +133,9 @@ REFUSED = {
     "changed single_blocks.1.pre_norm": with_another_eps,
     "changed single_blocks.2.linear2.weight in place": with_a_weight_in_place,
     "hooks into txt_in or replaces its forward": with_layer_of_its_own,
+    "changed single_blocks.0.linear1": with_a_method_of_its_own,
+    "around every module or function": around(lambda: torch.autocast("cpu", torch.bfloat16)),
+    "every module or function of this thread": around(Mode),
     "as a bypass LoRA": with_bypass,
     "Offload Repeated Blocks": lambda model: offload_repeated_blocks(model, OffloadSettings(budget="0 %"), SILENT),
     "MultiGPU CFG Split": lambda model: comfy.multigpu.create_multigpu_deepclones(model, 2),
