@@ -245,7 +245,8 @@ class _State:
             parameter for layer in layers for parameter in layer._parameters.values() if parameter is not None
         ]
         versions = tuple(map(_version, parameters))
-        device, code = patcher.load_device, [torch.nn.functional.linear, torch.nn.functional.silu]
+        device = patcher.load_device
+        code: list[Any] = [torch.nn.functional.linear, torch.nn.functional.silu]
         for kind in {kind for module in self._modules.values() for kind in (type(module), type(module.lin))}:
             code += [function for base in own_bases(kind) for _, function in functions_of(base)]
         autocast = torch.is_autocast_enabled(device.type) and torch.get_autocast_dtype(device.type)

@@ -9,6 +9,7 @@ from hotpath_pack.hotpath.values import sampled
 from hypothesis import given
 from hypothesis import strategies as st
 from sampling import SMALL, TOLERANCE, compiled, load, offloaded, sample
+from torch import autocast
 from torch.nn.modules.module import register_module_forward_hook
 from torch.overrides import TorchFunctionMode
 
@@ -125,7 +126,7 @@ AROUND = {
     "silu": lambda layer: patch.object(torch.nn.functional, "silu", scaled(torch.nn.functional.silu)),
     "linear": lambda layer: patch.object(torch.nn.functional, "linear", scaled(torch.nn.functional.linear, 1.01)),
     "forward": lambda layer: patch.object(type(layer), "forward", scaled(type(layer).forward, 1.01)),
-    "autocast": lambda layer: torch.autocast("cpu", torch.bfloat16),
+    "autocast": lambda layer: autocast("cpu", torch.bfloat16),
     "weight": lambda layer: changed_for_a_while(layer),
 }
 

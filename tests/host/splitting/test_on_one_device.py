@@ -11,6 +11,7 @@ from hotpath_pack.devtools import checkpoints, patches
 from hotpath_pack.host.residency.offload import OffloadSettings, offload_repeated_blocks
 from sampling import Texts, assert_parity, compiled, sample
 from shared_out import SILENT, blocks_of, quantized, split
+from torch import autocast
 from torch.overrides import TorchFunctionMode
 
 pytestmark = pytest.mark.usefixtures("devices")
@@ -134,7 +135,7 @@ REFUSED = {
     "changed single_blocks.2.linear2.weight in place": with_a_weight_in_place,
     "hooks into txt_in or replaces its forward": with_layer_of_its_own,
     "changed single_blocks.0.linear1": with_a_method_of_its_own,
-    "around every module or function": around(lambda: torch.autocast("cpu", torch.bfloat16)),
+    "around every module or function": around(lambda: autocast("cpu", torch.bfloat16)),
     "every module or function of this thread": around(Mode),
     "as a bypass LoRA": with_bypass,
     "Offload Repeated Blocks": lambda model: offload_repeated_blocks(model, OffloadSettings(budget="0 %"), SILENT),
