@@ -40,21 +40,27 @@ def refuse_bound(model: ModelPatcher) -> None:
                 f"model: another node replaces {name}, which belongs to the model as it was loaded. Put Quantize "
                 "Repeated Blocks before that node."
             )
-    modules = {id(module) for module in model.model.modules()}
+    # Not what the model samples by beside it, which computes alike for both.
+    modules = {id(module) for module in (model.model, *model.model.diffusion_model.modules())}
     for place, held in (("a wrapper", model.wrappers), ("a callback", model.callbacks), ("code", model.model_options)):
-        if _holds(held, modules, _DEPTH):
+        if _holds(held, modules):
             raise ValueError(
                 f"model: {place} of another node works on the model as it was loaded, and would not reach the "
                 "quantized one. Put Quantize Repeated Blocks before that node."
             )
 
 
-def _holds(value: Any, modules: set[int], depth: int) -> bool:
+def _holds(value: Any, modules: set[int]) -> bool:
     """Whether code, or what contains code, holds one of ``modules`` for itself."""
-    if isinstance(value, nn.Module):
+    found, seen = [value], {id(value)}
+    for _ in range(_DEPTH):
+        found = [item for each in found for item in _held(each) if id(item) not in seen]
+        seen.update(map(id, found))
         # What torch.compile made of one stands for it.
-        return id(value) in modules or id(value._modules.get("_orig_mod")) in modules
-    return depth > 0 and any(_holds(item, modules, depth - 1) for item in _held(value))
+        held = [item for item in found if isinstance(item, nn.Module)]
+        if any(id(it) in modules or id(it._modules.get("_orig_mod")) in modules for it in held):
+            return True
+    return False
 
 
 def _held(value: Any) -> Iterator[Any]:
