@@ -9,6 +9,8 @@ from __future__ import annotations
 import dis
 import functools
 from collections.abc import Callable, Hashable, Iterator, Mapping, MutableSequence, Set
+from copy import copy
+from dataclasses import is_dataclass
 from types import FunctionType
 from typing import Any
 
@@ -87,6 +89,19 @@ def plain_state(module: nn.Module) -> dict[str, Any]:
     if module._parameters:
         return {name: module.__dict__[name] for name in constants(type(module)) if name in module.__dict__}
     return {name: value for name, value in attributes_of(module) if is_plain(value)}
+
+
+def held_state(module: nn.Module) -> dict[str, Any]:
+    """What ``module`` computes by that others may change in place: dataclasses and lists of plain values, as copies.
+    Of a layer, on which the host has notes of its own, nothing."""
+    held = () if module._parameters else attributes_of(module)
+    return {name: copy(value) for name, value in held if _is_made_of_plain(value)}
+
+
+def _is_made_of_plain(value: Any) -> bool:
+    if isinstance(value, list):
+        return is_plain(tuple(value))
+    return is_dataclass(value) and not isinstance(value, type)
 
 
 def _methods(kind: type) -> Iterator[FunctionType]:

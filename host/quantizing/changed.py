@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
-from copy import copy
-from dataclasses import is_dataclass
 from functools import partial
 from types import FunctionType, MethodType
 from typing import Any
@@ -15,8 +13,8 @@ from comfy.model_patcher import ModelPatcher
 from torch import nn
 
 from ...hotpath.fingerprint import PACK
-from ...hotpath.template import NotHoistable, own_state, refuse_bolted_on, refuse_hidden
-from ..layers.containers import is_preference, plain_state
+from ...hotpath.template import NotHoistable, refuse_bolted_on, refuse_hidden
+from ..layers.containers import held_state, is_preference, plain_state
 from ..residency.weights import class_name
 
 # How far code of other nodes is followed to what it holds.
@@ -107,8 +105,7 @@ def states_of(model: ModelPatcher) -> dict[str, dict[str, Any]]:
             refuse_hidden(name, module, patched)
         except NotHoistable as reason:
             raise changed(name, str(reason)) from None
-        kept = {key: copy(value) for key, value in own_state(module).items() if is_dataclass(value)}
-        state = plain_state(module) if name else kept
+        state = {**(plain_state(module) if name else {}), **held_state(module)}
         states[name] = {key: patched.get(key, value) for key, value in state.items()}
     return states
 

@@ -11,7 +11,7 @@ from comfy.model_patcher import ModelPatcher
 from torch import Tensor, nn
 
 from ...hotpath.template import NotHoistable, refuse_hidden
-from ..layers.containers import is_preference, plain_state
+from ..layers.containers import held_state, is_preference, plain_state
 from ..residency.weights import class_name
 from ..telling.accounting import Route
 
@@ -91,6 +91,8 @@ def _changed_module(ours: nn.Module, theirs: nn.Module) -> str:
             return f"replaces {path}"
         if path and (plain_state(module) != plain_state(other) or _has_its_own(module)):
             return f"changed {path}"
+        if held_state(module) != held_state(other):
+            return f"changed {path or 'the model'}"
     return ""
 
 

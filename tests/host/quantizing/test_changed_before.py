@@ -81,6 +81,7 @@ CHANGES = {
     "a function on the model": lambda model: setattr(model, "forward_orig", lambda *args, **kwargs: None),
     "a number of a norm": lambda model: setattr(model.double_blocks[0].img_norm1, "eps", 0.5),
     "a number of a module": lambda model: setattr(model.pe_embedder, "theta", 77),
+    "a list of a module": lambda model: setattr(model.pe_embedder, "axes_dim", [56, 56, 16]),
     "what the model was made by": lambda model: setattr(model.params, "guidance_embed", False),
 }
 

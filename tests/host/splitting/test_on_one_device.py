@@ -105,6 +105,16 @@ def with_a_method_of_its_own(model):
     return model
 
 
+def with_other_axes(model):
+    model.model.diffusion_model.pe_embedder.axes_dim = [56, 56, 16]
+    return model
+
+
+def without_guidance(model):
+    model.model.diffusion_model.params.guidance_embed = False
+    return model
+
+
 class Mode(TorchFunctionMode):
     def __torch_function__(self, func, types, args=(), kwargs=None):
         return func(*args, **(kwargs or {}))
@@ -134,6 +144,8 @@ REFUSED = {
     "changed single_blocks.1.pre_norm": with_another_eps,
     "changed single_blocks.2.linear2.weight in place": with_a_weight_in_place,
     "hooks into txt_in or replaces its forward": with_layer_of_its_own,
+    "changed pe_embedder, which": with_other_axes,
+    "changed the model": without_guidance,
     "changed single_blocks.0.linear1": with_a_method_of_its_own,
     "around every module or function": around(lambda: autocast("cpu", torch.bfloat16)),
     "every module or function of this thread": around(Mode),
