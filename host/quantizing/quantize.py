@@ -228,7 +228,7 @@ def _quantize(
             # As loaded, where an object patch is in its place.
             module = model.object_patches_backup.get(f"diffusion_model.{name}", module)
             refuse_changed(name, module, twin_module, states[name])
-            _share(module, twin_module, model, f"diffusion_model.{name}")
+            _share(module, twin_module, model, f"diffusion_model.{name}".rstrip("."))
             if name in formats:
                 _quantize_layer(twin_module, formats[name], source.get_dtype_inference(), model)
                 progress.update(1)
