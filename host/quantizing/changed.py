@@ -101,7 +101,6 @@ def states_of(model: ModelPatcher) -> dict[str, dict[str, Any]]:
         module = before.get(path, module)
         patched = {key.rpartition(".")[2]: value for key, value in before.items() if key.rpartition(".")[0] == path}
         try:
-            refuse_bolted_on(name, module)
             refuse_hidden(name, module, patched)
         except NotHoistable as reason:
             raise changed(name, str(reason)) from None
@@ -113,6 +112,10 @@ def states_of(model: ModelPatcher) -> dict[str, dict[str, Any]]:
 def refuse_changed(name: str, module: nn.Module, twin: nn.Module | None, state: Mapping[str, Any]) -> None:
     """Raise ValueError for what another node did in place to a module, which computes by ``state``, and the twin would
     not have."""
+    try:
+        refuse_bolted_on(name, module)
+    except NotHoistable as reason:
+        raise changed(name, str(reason)) from None
     kind = type(module)
     same = kind is type(twin) or (kind.__module__ == comfy.ops.__name__ and kind.__name__ == type(twin).__name__)
     if not same or _names(module) != _names(twin):
