@@ -221,16 +221,23 @@ def refuse_bolted_on(path: str, module: nn.Module) -> None:
     _addition(path, module, lambda module: None)
 
 
-def refuse_hidden(path: str, module: nn.Module, ignored: Collection[str] = ()) -> None:
-    """Raise NotHoistable where an attribute of ``module`` itself, other than those ``ignored``, comes before a function
-    of its class, or before a weight or module that it holds."""
+def hidden_by(module: nn.Module, ignored: Collection[str] = ()) -> str:
+    """An attribute of ``module`` itself, other than those ``ignored``, that comes before a function of its class, or
+    before a weight or module that it holds; empty without any."""
     for name in module.__dict__.keys() - _MODULE_STATE - {"forward", *ignored}:
         function = getattr(type(module), name, None)
         # What puts another there and takes it back leaves the class's.
         own = getattr(module.__dict__[name], "__func__", None) is function
         held = any(name in each for each in (module._modules, module._parameters, module._buffers))
         if held or (isinstance(function, FunctionType) and not own):
-            raise NotHoistable(f"{path or 'the block'} ({type(module).__name__}) has a {name} of another node")
+            return name
+    return ""
+
+
+def refuse_hidden(path: str, module: nn.Module, ignored: Collection[str] = ()) -> None:
+    """Raise NotHoistable where something of ``module`` is ``hidden_by`` an attribute."""
+    if name := hidden_by(module, ignored):
+        raise NotHoistable(f"{path or 'the block'} ({type(module).__name__}) has a {name} of another node")
 
 
 def is_class_forward(module: nn.Module, forward: Any) -> bool:

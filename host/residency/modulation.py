@@ -19,7 +19,7 @@ from comfy.quant_ops import QuantizedTensor
 from torch import Tensor, nn
 
 from ...hotpath.ahead import Table, content_key
-from ...hotpath.internals.state import any_global_hook, any_mode
+from ...hotpath.internals.state import anything_around
 from ...hotpath.template import Given, NotHoistable, functions_of, own_bases, refuse_bolted_on
 from ...hotpath.values import sampled
 from ..families import family_of, named_modulations
@@ -185,7 +185,7 @@ class _State:
 
     def _filled(self, key: Hashable, vector: Tensor) -> Mapping[str, Any]:
         """The row of ``key``, made now; nothing where memory or code around it doesn't allow it."""
-        if any_global_hook() or any_mode():
+        if anything_around():
             self._owner.tell("another node has something around every module or function")
             return {}
         if not self.no_room:
@@ -250,8 +250,8 @@ class _State:
         for kind in {kind for module in self._modules.values() for kind in (type(module), type(module.lin))}:
             code += [function for base in own_bases(kind) for _, function in functions_of(base)]
         autocast = torch.is_autocast_enabled(device.type) and torch.get_autocast_dtype(device.type)
-        around = any_global_hook() or any_mode()
-        made_from = patcher.patches_uuid, device, tuple(self._modules), versions, frozenset(code), autocast, around
+        computed_by = tuple(self._modules), frozenset(code), autocast, anything_around()
+        made_from = patcher.patches_uuid, device, versions, computed_by
         known = [ref() for ref in self._parameters]
         same = len(known) == len(parameters) and all(map(is_, known, parameters))
         content = sampled(tensor for parameter in parameters for tensor in tensors_of(parameter))

@@ -10,7 +10,7 @@ from comfy.model_base import BaseModel
 from comfy.model_patcher import ModelPatcher
 from torch import Tensor, nn
 
-from ...hotpath.template import NotHoistable, refuse_hidden
+from ...hotpath.template import hidden_by
 from ..layers.containers import held_state, is_preference, plain_state
 from ..residency.weights import class_name
 from ..telling.accounting import Route
@@ -89,19 +89,11 @@ def _changed_module(ours: nn.Module, theirs: nn.Module) -> str:
             return f"hooks into {path or 'the model'} or replaces its forward"
         if other is None or class_name(type(module)) != class_name(type(other)):
             return f"replaces {path}"
-        if path and (plain_state(module) != plain_state(other) or _has_its_own(module)):
+        if path and (plain_state(module) != plain_state(other) or hidden_by(module)):
             return f"changed {path}"
         if held_state(module) != held_state(other):
             return f"changed {path or 'the model'}"
     return ""
-
-
-def _has_its_own(module: nn.Module) -> bool:
-    try:
-        refuse_hidden("", module)
-    except NotHoistable:
-        return True
-    return False
 
 
 class AsItBegan:

@@ -27,7 +27,7 @@ from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import CallbacksMP, WrapperExecutor, WrappersMP
 from torch import Tensor, nn
 
-from ...hotpath.internals.state import any_global_hook, any_mode
+from ...hotpath.internals.state import anything_around
 from ...hotpath.split import Crew, DeviceFailed, NotShared, places_of, share_of_mask, shares
 from ..compiling.compile import compiled_blocks
 from ..families import FAMILIES, kinds_of, require_family
@@ -257,7 +257,7 @@ class SplitBlocks:
         assert crew is not None and began is not None
         if changed := began.changed():
             raise NotShared(f"another node {changed}, which is there once")
-        if any_global_hook() or any_mode() or any(torch.is_autocast_enabled(it.type) for it in crew.devices):
+        if anything_around() or any(torch.is_autocast_enabled(it.type) for it in crew.devices):
             raise NotShared("another node has something around every module or function of this thread")
         count = len(crew.devices)
         cuts = {names: shares(arguments[names[0]].shape[1], count) for names in self._shared.streams}

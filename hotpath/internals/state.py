@@ -51,6 +51,11 @@ def any_mode() -> bool:
     return operators() is not None or any(type(mode) is not DeviceContext for mode in functions())
 
 
+def anything_around() -> bool:
+    """Whether there may be code of others around every module, function or operator of this thread."""
+    return any_global_hook() or any_mode()
+
+
 @lru_cache
 def keep_device_guard() -> None:
     """Let PyTorch trace in any thread.
